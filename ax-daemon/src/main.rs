@@ -1,0 +1,3 @@
+//! ax-daemon
+
+fn main() {}

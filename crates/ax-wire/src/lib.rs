@@ -1,0 +1,22 @@
+//! Every byte that crosses hosts: identities, headers, blocks, versions, CRC.
+//!
+//! The modules tell the story in the order a pair lives it:
+//!
+//! - [`ids`]: who speaks (pair, side, generation, incarnation, epoch);
+//! - [`records`]: what travels with an epoch besides memory;
+//! - [`state`]: a machine's saved state as tagged, versioned blocks.
+//!
+//! Nothing here does I/O. Everything read from a peer is hostile until parsed: a parser returns
+//! a value that is right by its type, or an error that says what was wrong and where.
+
+pub mod ids;
+pub mod records;
+pub mod state;
+
+pub use ids::{EpochId, Generation, Incarnation, PairId, Session, Side};
+
+/// Size of a guest page, bytes. The handshake refuses a host that uses another size.
+pub const PAGE_SIZE: usize = 4096;
+
+/// The wire version this build speaks. A host speaks this and the one before.
+pub const WIRE_VERSION: u16 = 1;

@@ -1,0 +1,3 @@
+//! axvm
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! ax-vmm
+
+fn main() {}
