@@ -1,1 +1,11 @@
-//! ax-api
+//! Control API types shared by axd, axvm and ax-vmm.
+//!
+//! - [`vm`]: what a user defines: one VM.
+//! - [`process`]: what axd hands one `ax-vmm` process, and how they talk afterwards.
+//! - `host`: what axvm asks axd, and one axd the other.
+//!
+//! All of it travels as JSON, one document a line, over Unix sockets (and between the axds over
+//! the authenticated link).
+
+pub mod process;
+pub mod vm;

@@ -1,0 +1,285 @@
+//! What axd hands one `ax-vmm` process, and how they talk afterwards.
+//!
+//! axd writes a [`Spec`] as JSON and runs `ax-vmm --spec FILE`. The process listens on the Unix
+//! socket [`Spec::control`]; whoever connects (axd, also one that has just been restarted) sends one
+//! [`Request`] a line and reads one [`Reply`] a line. After [`Request::Subscribe`] the process
+//! sends [`Event`]s, one a line, until the connection ends; after [`Request::Console`] the
+//! connection carries raw console bytes both ways.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use ax_wire::{Generation, Incarnation};
+use serde::{Deserialize, Serialize};
+
+use crate::vm::{Mode, Vm};
+
+/// How a process begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Start {
+    /// Boot the guest here.
+    Boot,
+    /// Build the machine and wait for a primary.
+    Shadow,
+}
+
+/// How the link is secured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Security {
+    /// Mutual TLS 1.3 with the identity and pinned peers kept in this folder.
+    Mtls {
+        /// Folder that holds `identity/` and `trusted/`.
+        dir: PathBuf,
+    },
+    /// No encryption, no authentication: a private cable.
+    Plain,
+}
+
+/// Who decides who may run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arbiter {
+    /// A witness.
+    Witness {
+        /// Its name, as paired.
+        name: String,
+        /// Where it listens.
+        addresses: Vec<SocketAddr>,
+    },
+    /// Nobody but an operator: a guest that lost its peer is held.
+    Manual,
+}
+
+/// Times that decide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    /// Between two heartbeats, milliseconds.
+    pub heartbeat_ms: u64,
+    /// Silence after which the peer counts as dead, milliseconds.
+    pub detect_ms: u64,
+    /// No progress with work pending for so long is a failure, milliseconds.
+    pub stall_ms: u64,
+    /// How long an acknowledgement permits release (rule 24), milliseconds.
+    pub permission_ms: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Timing {
+            heartbeat_ms: 10,
+            detect_ms: 100,
+            stall_ms: 1000,
+            permission_ms: 5,
+        }
+    }
+}
+
+/// Everything one `ax-vmm` process needs to begin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    /// The VM.
+    pub vm: Vm,
+    /// How to begin.
+    pub start: Start,
+    /// This host's name.
+    pub host: String,
+    /// The other host's name; none on a host that has no peer (mode `none` only).
+    pub peer: Option<String>,
+    /// Unix socket this process listens on; one left by a dead process is replaced.
+    pub control: PathBuf,
+    /// Folder for what must outlive the process: dirty-region maps, generation.
+    pub state_dir: PathBuf,
+    /// Local addresses of the dedicated link; the process listens on a free port of each.
+    pub link: Vec<IpAddr>,
+    /// How the link is secured.
+    pub security: Security,
+    /// Who decides who may run.
+    pub arbiter: Arbiter,
+    /// Times that decide.
+    pub timing: Timing,
+}
+
+/// What a process is for, right now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Runs the guest (or holds it paused).
+    Primary,
+    /// Receives epochs.
+    Shadow,
+}
+
+/// Where a process is in the pair's life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "is")]
+pub enum Phase {
+    /// Building the machine.
+    Starting,
+    /// Shadow: waits for a primary.
+    Waiting,
+    /// Initial copy; the guest runs unprotected.
+    Syncing {
+        /// Bytes copied.
+        done: u64,
+        /// Bytes known to be copied in all.
+        total: u64,
+    },
+    /// Outputs held until the arbiter has granted protection (rule 22).
+    Entering,
+    /// Fault tolerant.
+    Protected,
+    /// Runs alone by the arbiter's grant; no protection.
+    Alone,
+    /// Runs alone, as defined (mode `none`).
+    Unprotected,
+    /// May not run or show outputs until this is answered; says whom it waits for.
+    Held {
+        /// Whom or what it waits for, in words.
+        waits_for: String,
+    },
+    /// Paused by the operator.
+    Paused,
+    /// About to exit.
+    Ending,
+}
+
+/// What a process says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The VM's name.
+    pub name: String,
+    /// Process id.
+    pub pid: u32,
+    /// This run of it.
+    pub incarnation: Incarnation,
+    /// What it is for.
+    pub role: Role,
+    /// Where it is.
+    pub phase: Phase,
+    /// Protection it aims at.
+    pub mode: Mode,
+    /// Generation it runs under.
+    pub generation: Generation,
+    /// Where a primary can reach this process.
+    pub listen: Vec<SocketAddr>,
+    /// Last epoch committed.
+    pub epoch: u64,
+    /// Epochs per second, last second.
+    pub epochs_per_second: f64,
+    /// Pause per epoch, median and 99th percentile since start, microseconds.
+    pub pause_us: [u64; 2],
+    /// From the end of a capture to its commit, median and 99th percentile, microseconds.
+    pub commit_us: [u64; 2],
+    /// Pages per epoch, median and 99th percentile.
+    pub pages: [u64; 2],
+    /// Age of the oldest held output, microseconds; 0 with none.
+    pub oldest_held_us: u64,
+}
+
+/// A question or order to an `ax-vmm` process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "do")]
+pub enum Request {
+    /// Who and where are you? Answered by [`Reply::Status`].
+    Status,
+    /// Send events from number `since` on (0: all that are remembered).
+    Subscribe {
+        /// First event wanted.
+        since: u64,
+    },
+    /// Primary: protect yourself by the shadow that listens there.
+    Protect {
+        /// The shadow's addresses.
+        addresses: Vec<SocketAddr>,
+        /// The shadow's run.
+        incarnation: Incarnation,
+    },
+    /// Stop the vCPUs; protection goes on.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// Orderly stop (rule 26), answered when the record says so and just before the exit.
+    Stop,
+    /// Reset the machine as its button would.
+    Reboot,
+    /// Primary: planned failover (rule 25); answered when the other side runs or it was refused.
+    Failover,
+    /// End at once, without a record: as a crash, but on purpose.
+    Quit,
+    /// The operator's word (manual arbitration): the peer is dead, go on.
+    PeerIsDead,
+    /// The axd of the other host confirms that the peer process is gone.
+    PeerGone {
+        /// Which run of it.
+        incarnation: Incarnation,
+    },
+    /// Turn this connection into the console.
+    Console,
+}
+
+/// The answer to a [`Request`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "re")]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// To [`Request::Status`].
+    Status(Box<Status>),
+    /// Not done; nothing has changed.
+    Refused {
+        /// What was wrong and what to do.
+        why: String,
+    },
+}
+
+/// Something that happened, worth telling an operator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Counts events of one process from 1.
+    pub seq: u64,
+    /// Milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// What happened.
+    pub what: What,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "what")]
+pub enum What {
+    /// A new phase, with the role and generation it has it in.
+    Phase {
+        /// What the process is for.
+        role: Role,
+        /// The phase.
+        phase: Phase,
+        /// The generation.
+        generation: Generation,
+    },
+    /// The peer was lost.
+    PeerLost {
+        /// How it was noticed: `death-notice`, `silence`, `stall`, `link-error`.
+        how: String,
+    },
+    /// A promotion is complete; the guest runs here.
+    Promoted {
+        /// Epoch it goes on from.
+        epoch: u64,
+        /// From the notice to the first vCPU running, microseconds.
+        took_us: u64,
+    },
+    /// The guest switched itself off, was stopped, or crashed; the process ends.
+    Ended {
+        /// Why, in words.
+        why: String,
+        /// True when the arbiter's record says cleanly stopped.
+        clean: bool,
+    },
+    /// Anything else worth a line.
+    Note {
+        /// The line.
+        text: String,
+    },
+}
