@@ -1,1 +1,22 @@
-//! ax-disk
+//! Mirrored disks: epoch-tagged writes, the dirty-region map, initial sync, the replica.
+//!
+//! The story of one write (rules 13, 15–18): the primary's disk thread has it admitted to the
+//! [`log::WriteLog`] (byte budget), sets its region's bit in the [`meta::Meta`] durably, writes the
+//! local [`image::Image`] at once, and, in the same critical section in which the guest learns of
+//! its completion, records the payload in the log. The log is sealed with the epoch and travels
+//! with it. The shadow's [`replica::Replica`] holds an epoch's writes until that epoch has
+//! committed, then applies them in the guest's order with its FLUSH barriers, so that every prefix
+//! is crash-consistent. A new shadow is filled by [`sync::SyncCursor`] through the same log, so
+//! that bulk and guest writes can never overtake each other.
+
+pub mod image;
+pub mod log;
+pub mod meta;
+pub mod replica;
+pub mod sync;
+
+pub use image::{Image, OpenError};
+pub use log::WriteLog;
+pub use meta::{Condition, Meta};
+pub use replica::Replica;
+pub use sync::SyncCursor;

@@ -1,0 +1,378 @@
+//! The shadow's disks: writes held by epoch, applied in the guest's order after commit.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use ax_wire::records::{RecordError, RecordKind, Records};
+use ax_wire::{EpochId, Generation};
+use parking_lot::{Condvar, Mutex};
+
+use crate::image::Image;
+
+/// Why records could not be applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The peer sent something that is no disk record of this VM.
+    #[error("disk records of the peer: {0}")]
+    Record(#[from] RecordError),
+    /// A disk that this VM does not have, or a kind that is none of disks.
+    #[error("the peer sent a {kind:?} record for disk {unit}; this VM has {disks} disks")]
+    NotADisk {
+        /// Kind of the record.
+        kind: RecordKind,
+        /// Disk it names.
+        unit: u8,
+        /// Disks there are.
+        disks: usize,
+    },
+    /// This host's image failed.
+    #[error("disk image {path}: {source}", path = path.display())]
+    Image {
+        /// The image.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The applying thread could not be started.
+    #[error("start the thread that applies disk writes: {0}")]
+    Thread(#[source] io::Error),
+}
+
+struct Work {
+    queue: VecDeque<(EpochId, Vec<u8>)>,
+    spare: Vec<Vec<u8>>,
+    applied: EpochId,
+    durable: EpochId,
+    busy: bool,
+    failed: Option<Arc<ApplyError>>,
+    ending: bool,
+}
+
+struct Shared {
+    disks: Vec<Arc<Image>>,
+    work: Mutex<Work>,
+    changed: Condvar,
+    /// Epochs that may wait to be applied before [`Replica::committed`] blocks.
+    backlog: usize,
+}
+
+/// All disks of one VM on the shadow's side.
+pub struct Replica {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Replica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Replica({} disks)", self.shared.disks.len())
+    }
+}
+
+/// Applies one epoch's records in order; true if it ended durable (its last record a FLUSH).
+fn apply(disks: &[Arc<Image>], records: &[u8]) -> Result<bool, ApplyError> {
+    let mut durable = false;
+    for record in Records::new(records) {
+        let record = record?;
+        let disk = disks.get(usize::from(record.unit));
+        let unknown = ApplyError::NotADisk {
+            kind: record.kind,
+            unit: record.unit,
+            disks: disks.len(),
+        };
+        let Some(disk) = disk else {
+            return Err(unknown);
+        };
+        let failed = |source| ApplyError::Image {
+            path: disk.path().to_path_buf(),
+            source,
+        };
+        match record.kind {
+            RecordKind::DiskWrite => disk.write(record.at, record.payload).map_err(failed)?,
+            RecordKind::DiskFlush => disk.flush().map_err(failed)?,
+            _ => return Err(unknown),
+        }
+        durable = record.kind == RecordKind::DiskFlush;
+    }
+    Ok(durable)
+}
+
+fn run(shared: &Shared) {
+    let mut work = shared.work.lock();
+    loop {
+        let Some((epoch, records)) = work.queue.pop_front() else {
+            if work.ending {
+                return;
+            }
+            shared.changed.wait(&mut work);
+            continue;
+        };
+        work.busy = true;
+        drop(work);
+        let result = apply(&shared.disks, &records);
+        work = shared.work.lock();
+        work.busy = false;
+        match result {
+            Ok(durable) => {
+                work.applied = epoch;
+                if durable {
+                    work.durable = epoch;
+                }
+                work.spare.push(records);
+            }
+            Err(error) => {
+                tracing::error!(%error, "applying an epoch's disk writes");
+                work.failed = Some(Arc::new(error));
+                work.queue.clear();
+                shared.changed.notify_all();
+                return;
+            }
+        }
+        shared.changed.notify_all();
+    }
+}
+
+impl Replica {
+    /// Takes over the images; at most `backlog` committed epochs wait to be applied.
+    ///
+    /// # Errors
+    /// [`ApplyError::Thread`].
+    pub fn new(disks: Vec<Arc<Image>>, backlog: usize) -> Result<Replica, ApplyError> {
+        let work = Work {
+            queue: VecDeque::with_capacity(backlog + 1),
+            spare: Vec::new(),
+            applied: EpochId(0),
+            durable: EpochId(0),
+            busy: false,
+            failed: None,
+            ending: false,
+        };
+        let shared = Arc::new(Shared {
+            disks,
+            work: Mutex::new(work),
+            changed: Condvar::new(),
+            backlog,
+        });
+        let thread = std::thread::Builder::new()
+            .name("disk-replica".into())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || run(&shared)
+            })
+            .map_err(ApplyError::Thread)?;
+        Ok(Replica {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Starts a full resync: every image is durably inconsistent and then all zeros.
+    ///
+    /// # Errors
+    /// An image failed.
+    pub fn begin_full_sync(&self) -> Result<(), ApplyError> {
+        self.each(|disk| disk.begin_overwrite())
+    }
+
+    /// Applies bulk records of the initial sync at once (before the first epoch).
+    ///
+    /// # Errors
+    /// A record is not one of this VM's disks, or an image failed.
+    pub fn bulk(&self, records: &[u8]) -> Result<(), ApplyError> {
+        apply(&self.shared.disks, records).map(drop)
+    }
+
+    /// The first epoch is whole and every image with it: makes that durable.
+    ///
+    /// # Errors
+    /// An image failed; it stays inconsistent.
+    pub fn mark_in_sync(&self, generation: Generation) -> Result<(), ApplyError> {
+        self.drain()?;
+        self.each(|disk| disk.make_durable(generation))
+    }
+
+    /// Queues a committed epoch's records; they are swapped with an empty buffer. Blocks while the
+    /// backlog is full, so that a slow disk slows the primary and promotion stays short.
+    ///
+    /// # Errors
+    /// An earlier epoch could not be applied: this shadow must not be promoted (I4).
+    pub fn committed(&self, epoch: EpochId, records: &mut Vec<u8>) -> Result<(), Arc<ApplyError>> {
+        let mut work = self.shared.work.lock();
+        if records.is_empty() {
+            // Nothing to do is done once everything before it is.
+            if work.queue.is_empty() && !work.busy {
+                work.applied = work.applied.max(epoch);
+            }
+            return work.failed.clone().map_or(Ok(()), Err);
+        }
+        while work.queue.len() >= self.shared.backlog && work.failed.is_none() {
+            self.shared.changed.wait(&mut work);
+        }
+        if let Some(error) = &work.failed {
+            return Err(Arc::clone(error));
+        }
+        let mut spare = work.spare.pop().unwrap_or_default();
+        spare.clear();
+        work.queue
+            .push_back((epoch, std::mem::replace(records, spare)));
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Last epoch whose writes are in the images, and last one that ended durable.
+    pub fn progress(&self) -> (EpochId, EpochId) {
+        let work = self.shared.work.lock();
+        (work.applied, work.durable)
+    }
+
+    fn drain(&self) -> Result<(), ApplyError> {
+        let mut work = self.shared.work.lock();
+        while work.failed.is_none() && (work.busy || !work.queue.is_empty()) {
+            self.shared.changed.wait(&mut work);
+        }
+        match &work.failed {
+            None => Ok(()),
+            Some(error) => Err(ApplyError::Image {
+                path: "(an earlier epoch)".into(),
+                source: io::Error::other(error.to_string()),
+            }),
+        }
+    }
+
+    fn each(&self, act: impl Fn(&Image) -> io::Result<()>) -> Result<(), ApplyError> {
+        self.shared
+            .disks
+            .iter()
+            .filter(|d| !d.read_only())
+            .try_for_each(|disk| {
+                act(disk).map_err(|source| ApplyError::Image {
+                    path: disk.path().to_path_buf(),
+                    source,
+                })
+            })
+    }
+
+    /// Rule 18: applies every committed epoch, makes it durable, then durably writes the generation
+    /// beside the images. Only after it has returned may the promoted guest show an output.
+    ///
+    /// # Errors
+    /// An image failed; this shadow must not be promoted.
+    pub fn promote(&self, generation: Generation) -> Result<(), ApplyError> {
+        self.drain()?;
+        self.each(|disk| disk.make_durable(generation))
+    }
+
+    /// The images, for whoever runs the guest now. The applying thread has ended.
+    ///
+    /// # Errors
+    /// An epoch could not be applied.
+    pub fn into_images(mut self) -> Result<Vec<Arc<Image>>, ApplyError> {
+        self.drain()?;
+        self.end();
+        Ok(self.shared.disks.clone())
+    }
+
+    fn end(&mut self) {
+        self.shared.work.lock().ending = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::tests::{fresh, reopen};
+    use crate::meta::Condition;
+    use ax_wire::records::{Record, push};
+
+    fn write(unit: u8, at: u64, byte: u8) -> Vec<u8> {
+        let mut buf = Vec::with_capacity(4096);
+        let payload = &[byte; 512];
+        assert!(push(
+            &mut buf,
+            Record {
+                kind: RecordKind::DiskWrite,
+                unit,
+                at,
+                payload
+            }
+        ));
+        assert!(push(
+            &mut buf,
+            Record {
+                kind: RecordKind::DiskFlush,
+                unit,
+                at: 0,
+                payload: &[]
+            }
+        ));
+        buf
+    }
+
+    #[test]
+    fn committed_epochs_apply_in_order_and_promotion_makes_them_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let replica = Replica::new(vec![Arc::new(fresh(dir.path(), "a"))], 2).unwrap();
+        for epoch in 1..=50u64 {
+            replica
+                .committed(EpochId(epoch), &mut write(0, 512, epoch as u8))
+                .unwrap();
+        }
+        replica.promote(Generation(7)).unwrap();
+        assert_eq!(replica.progress(), (EpochId(50), EpochId(50)));
+        replica.committed(EpochId(51), &mut Vec::new()).unwrap();
+        assert_eq!(replica.progress().0, EpochId(51));
+        drop(replica.into_images().unwrap());
+        let image = reopen(dir.path(), "a").unwrap();
+        let mut sector = [0; 512];
+        image.read(512, &mut sector).unwrap();
+        assert_eq!(sector, [50; 512]);
+        assert_eq!(image.meta().lock().generation(), Generation(7));
+    }
+
+    #[test]
+    fn a_full_sync_is_inconsistent_until_it_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = Arc::new(fresh(dir.path(), "a"));
+        let replica = Replica::new(vec![Arc::clone(&image)], 2).unwrap();
+        replica.begin_full_sync().unwrap();
+        assert_eq!(image.meta().lock().condition(), Condition::Inconsistent);
+        replica.bulk(&write(0, 0, 1)).unwrap();
+        replica.mark_in_sync(Generation(3)).unwrap();
+        assert_eq!(image.meta().lock().condition(), Condition::Consistent);
+    }
+
+    #[test]
+    fn hostile_records_are_refused_and_stop_promotion() {
+        let dir = tempfile::tempdir().unwrap();
+        let replica = Replica::new(vec![Arc::new(fresh(dir.path(), "a"))], 2).unwrap();
+        assert!(matches!(
+            replica.bulk(&write(3, 0, 1)),
+            Err(ApplyError::NotADisk { .. })
+        ));
+        assert!(matches!(
+            replica.bulk(&[1, 0, 0]),
+            Err(ApplyError::Record(_))
+        ));
+        assert!(matches!(
+            replica.bulk(&write(0, 1 << 40, 1)),
+            Err(ApplyError::Image { .. })
+        ));
+        replica
+            .committed(EpochId(1), &mut write(0, 1 << 40, 1))
+            .unwrap();
+        assert!(replica.promote(Generation(2)).is_err());
+        assert!(replica.committed(EpochId(2), &mut write(0, 0, 1)).is_err());
+    }
+}
