@@ -215,8 +215,12 @@ pub enum Request {
         /// Which run of it.
         incarnation: Incarnation,
     },
-    /// Turn this connection into the console.
-    Console,
+    /// Turn this connection into the console, from stream offset `from` on (none: from what is
+    /// remembered). Answered by [`Reply::Console`], then raw bytes both ways.
+    Console {
+        /// First byte wanted, counted from the guest's first byte, across failovers (rule 8).
+        from: Option<u64>,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -227,6 +231,12 @@ pub enum Reply {
     Done,
     /// To [`Request::Status`].
     Status(Box<Status>),
+    /// To [`Request::Console`]: the next byte on this connection is the one at `offset`. A reader
+    /// that counts on from there and asks again after a failover sees each byte once.
+    Console {
+        /// Offset in the guest's whole console stream.
+        offset: u64,
+    },
     /// Not done; nothing has changed.
     Refused {
         /// What was wrong and what to do.
