@@ -3,6 +3,7 @@
 //! The modules tell the story in the order a pair lives it:
 //!
 //! - [`ids`]: who speaks (pair, side, generation, incarnation, epoch);
+//! - [`record`]: who may run, as the arbiter knows it;
 //! - [`records`]: what travels with an epoch besides memory;
 //! - [`state`]: a machine's saved state as tagged, versioned blocks.
 //!
@@ -10,6 +11,7 @@
 //! a value that is right by its type, or an error that says what was wrong and where.
 
 pub mod ids;
+pub mod record;
 pub mod records;
 pub mod state;
 
