@@ -2,10 +2,13 @@
 //!
 //! - [`vm`]: what a user defines: one VM.
 //! - [`process`]: what axd hands one `ax-vmm` process, and how they talk afterwards.
-//! - `host`: what axvm asks axd, and one axd the other.
+//! - [`host`]: what axvm asks axd, and one axd the other.
+//! - [`units`]: sizes and hardware addresses as people write them.
 //!
 //! All of it travels as JSON, one document a line, over Unix sockets (and between the axds over
 //! the authenticated link).
 
+pub mod host;
 pub mod process;
+pub mod units;
 pub mod vm;

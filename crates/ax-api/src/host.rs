@@ -1,0 +1,603 @@
+//! What axvm asks axd, and what one axd asks the other.
+//!
+//! axvm connects to axd's Unix socket, sends one [`Request`] as a line of JSON and reads [`Reply`]
+//! lines: any number of [`Reply::Progress`], [`Reply::Event`] and [`Reply::Alive`], then exactly one
+//! that [`Reply::is_last`]. After [`Reply::Console`] the connection carries raw console bytes both ways.
+//!
+//! Between the hosts the same lines travel over the authenticated link, with [`PeerRequest`] as
+//! the request; a peer asked to [`PeerRequest::Forward`] answers for itself and never forwards again.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ax_wire::{Generation, Incarnation};
+use serde::{Deserialize, Serialize};
+
+use crate::process::{Phase, Role, Status, What};
+use crate::units::{Bytes, Mac};
+use crate::vm::{Boot, DirtySource, Mode, Secondary, Vm};
+
+/// Longest line either side accepts, bytes.
+pub const MAX_LINE: usize = 1 << 20;
+
+/// Where axd listens and axvm looks, unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/axd/axd.sock";
+
+/// A disk as a user asks for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewDisk {
+    /// Path of the raw image, the same on both hosts.
+    pub path: PathBuf,
+    /// Its size. An absent image is made with it; without it the image must be there.
+    #[serde(default)]
+    pub size: Option<Bytes>,
+    /// The guest may not write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// When FLUSH is complete.
+    #[serde(default)]
+    pub secondary: Secondary,
+}
+
+/// A network device as a user asks for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewNic {
+    /// Name of the tap interface, on either host.
+    pub tap: String,
+    /// Its MAC address; one is made, and kept, when absent.
+    #[serde(default)]
+    pub mac: Option<Mac>,
+}
+
+/// A VM as a user asks for it: what axd fills in (identity, MACs, image sizes) may be missing.
+/// This is the format of `axvm define --config vm.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewVm {
+    /// Its name: 1 to 63 of `a-z 0-9 -`.
+    pub name: String,
+    /// Its protection.
+    pub mode: Mode,
+    /// Guest RAM.
+    pub memory: Bytes,
+    /// Virtual CPUs, 1 to 8.
+    pub cpus: u8,
+    /// What it starts from.
+    pub boot: Boot,
+    /// Its disks, in the guest's order.
+    #[serde(default)]
+    pub disks: Vec<NewDisk>,
+    /// Its network devices, in the guest's order.
+    #[serde(default)]
+    pub nics: Vec<NewNic>,
+    /// Started by axd when the host boots.
+    #[serde(default)]
+    pub autostart: bool,
+    /// Dirty page source.
+    #[serde(default)]
+    pub dirty: DirtySource,
+    /// Ship a whole-RAM digest with every n-th epoch and check it on the shadow.
+    #[serde(default)]
+    pub verify_every: Option<u32>,
+}
+
+/// A question or order to axd.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "do", deny_unknown_fields)]
+pub enum Request {
+    /// Who are you, and is your peer there?
+    Version,
+    /// Define a VM, without starting it.
+    Define {
+        /// The VM.
+        vm: Box<NewVm>,
+    },
+    /// Forget a VM that runs nowhere; its images stay.
+    Undefine {
+        /// Its name.
+        name: String,
+    },
+    /// Start it when the host boots, or not.
+    Autostart {
+        /// Its name.
+        name: String,
+        /// Whether.
+        on: bool,
+    },
+    /// Start a VM here.
+    Start {
+        /// Its name.
+        name: String,
+        /// Define it first. If the name is known this must say the same as its definition.
+        define: Option<Box<NewVm>>,
+        /// Answer only when it is as protected as its mode says.
+        wait: bool,
+        /// Start it unprotected if the other host does not answer.
+        alone_ok: bool,
+    },
+    /// Stop a VM in order (rule 26).
+    Stop {
+        /// Its name.
+        name: String,
+        /// End its processes at once, without a record.
+        force: bool,
+    },
+    /// Reset the machine.
+    Reboot {
+        /// Its name.
+        name: String,
+    },
+    /// Stop its vCPUs.
+    Pause {
+        /// Its name.
+        name: String,
+    },
+    /// Let them go on.
+    Resume {
+        /// Its name.
+        name: String,
+        /// The operator's word that the other host is dead.
+        peer_is_dead: bool,
+    },
+    /// All VMs.
+    List,
+    /// One VM.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Turn this connection into its console.
+    Console {
+        /// Its name.
+        name: String,
+    },
+    /// Planned failover (rule 25).
+    Failover {
+        /// Its name.
+        name: String,
+    },
+    /// Simulated fault: SIGKILL to one of its processes.
+    Kill {
+        /// Its name.
+        name: String,
+        /// The host whose process dies; the primary's when absent.
+        host: Option<String>,
+    },
+    /// What happened.
+    Events {
+        /// Only this VM's.
+        vm: Option<String>,
+        /// Go on with those to come.
+        follow: bool,
+        /// The other host's too.
+        both_hosts: bool,
+    },
+}
+
+/// Why a request failed: the exit code of axvm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(u8)]
+pub enum Code {
+    /// Something failed; the text says what.
+    Failed = 1,
+    /// Wrong usage, definition or configuration.
+    Usage = 2,
+    /// Not possible on this host (no usable KVM).
+    NotHere = 3,
+    /// `list --check`: something is unprotected or held.
+    Unprotected = 4,
+    /// No such VM.
+    NoSuchVm = 5,
+    /// axd cannot be reached.
+    NoAxd = 6,
+    /// The VM is not in a state for that: runs already, does not run, is being operated on.
+    State = 7,
+    /// The other host does not answer or refused.
+    Peer = 8,
+    /// An image is missing, in use, or has another size.
+    Image = 9,
+    /// A tap, address or port cannot be used.
+    Network = 10,
+    /// Not enough memory.
+    Memory = 11,
+    /// The arbiter refused or cannot be reached.
+    Arbiter = 12,
+}
+
+impl Code {
+    /// The code as a process's exit status.
+    pub fn exit(self) -> u8 {
+        self as u8
+    }
+
+    /// What an `ax-vmm` that could not start meant by its exit status.
+    pub fn of_process(status: i32) -> Code {
+        match status {
+            2 => Code::Usage,
+            3 => Code::NotHere,
+            4 => Code::Image,
+            5 | 7 => Code::Network,
+            6 => Code::Memory,
+            8 => Code::Arbiter,
+            _ => Code::Failed,
+        }
+    }
+}
+
+/// The last line an `ax-vmm` that could not start writes to its stderr.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartFailure {
+    /// What was wrong and what to do.
+    pub error: String,
+    /// Its exit status.
+    pub code: i32,
+}
+
+/// A process of a VM, as one host sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProcessReport {
+    /// The host.
+    pub host: String,
+    /// The VM's name.
+    pub name: String,
+    /// The VM's identity, in hexadecimal.
+    pub pair: String,
+    /// Process id on that host.
+    pub pid: i32,
+    /// What it says of itself; none if it does not answer.
+    pub status: Option<Status>,
+}
+
+/// Where a VM is, taken over both hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Runs nowhere.
+    Stopped,
+    /// On its way.
+    Starting,
+    /// Runs; the initial copy is on its way.
+    Syncing,
+    /// Runs, protected as its mode says.
+    Protected,
+    /// Runs alone: no protection, though its mode asks for it.
+    Alone,
+    /// Runs, local only, as its mode says.
+    Unprotected,
+    /// May not run until a question is answered.
+    Held,
+    /// Paused by the operator.
+    Paused,
+    /// On its way out.
+    Ending,
+    /// A process does not answer, or the host that may run it does not.
+    Unknown,
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            State::Stopped => "stopped",
+            State::Starting => "starting",
+            State::Syncing => "syncing",
+            State::Protected => "protected",
+            State::Alone => "alone",
+            State::Unprotected => "unprotected",
+            State::Held => "held",
+            State::Paused => "paused",
+            State::Ending => "ending",
+            State::Unknown => "unknown",
+        })
+    }
+}
+
+/// One VM over both hosts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmReport {
+    /// Its definition.
+    pub vm: Vm,
+    /// Where it is.
+    pub state: State,
+    /// Whether an operator may sleep: false when something is unprotected, held or unknown.
+    pub healthy: bool,
+    /// What there is to say beyond the state; empty with nothing to say.
+    pub note: String,
+    /// Host that runs it.
+    pub primary: Option<String>,
+    /// Host that shadows it.
+    pub shadow: Option<String>,
+    /// Its processes.
+    pub processes: Vec<ProcessReport>,
+}
+
+impl VmReport {
+    /// Sums up what the processes of `vm` say. `unreachable` names a host that was asked and did
+    /// not answer.
+    pub fn sum_up(vm: Vm, processes: Vec<ProcessReport>, unreachable: Option<&str>) -> VmReport {
+        let with_role = |role| {
+            processes
+                .iter()
+                .filter_map(move |p| p.status.as_ref().filter(|s| s.role == role).map(|s| (p, s)))
+        };
+        // During a failover two processes can call themselves primary; the newer generation is right.
+        let primary = with_role(Role::Primary).max_by_key(|(_, s)| s.generation);
+        let shadow = with_role(Role::Shadow).max_by_key(|(_, s)| s.generation);
+        let silent = processes.iter().find(|p| p.status.is_none());
+
+        let state_of = |phase: &Phase| match phase {
+            Phase::Starting | Phase::Waiting | Phase::Entering => (State::Starting, String::new()),
+            Phase::Syncing { done, total } => {
+                let percent = done.saturating_mul(100).checked_div(*total).unwrap_or(0);
+                (State::Syncing, format!("{percent} %"))
+            }
+            Phase::Protected => (State::Protected, String::new()),
+            Phase::Alone => (State::Alone, "runs without a shadow".to_owned()),
+            Phase::Unprotected => (State::Unprotected, String::new()),
+            Phase::Held { waits_for } => (State::Held, format!("waits for {waits_for}")),
+            Phase::Paused => (State::Paused, String::new()),
+            Phase::Ending => (State::Ending, String::new()),
+        };
+        let (state, note) = match (primary, shadow) {
+            (Some((_, status)), _) => state_of(&status.phase),
+            (None, _) if silent.is_some() => (
+                State::Unknown,
+                silent
+                    .map(|p| format!("its process {} on {} does not answer", p.pid, p.host))
+                    .unwrap_or_default(),
+            ),
+            (None, Some((_, status))) => match &status.phase {
+                Phase::Held { .. } => state_of(&status.phase),
+                _ => match unreachable {
+                    Some(host) => (State::Unknown, format!("host {host} does not answer")),
+                    None => (State::Starting, "a shadow without a primary".to_owned()),
+                },
+            },
+            (None, None) => match unreachable {
+                Some(host) if vm.mode != Mode::None => (
+                    State::Unknown,
+                    format!("runs not here; host {host} does not answer"),
+                ),
+                _ => (State::Stopped, String::new()),
+            },
+        };
+        let healthy = match state {
+            State::Protected | State::Unprotected | State::Paused | State::Ending => true,
+            State::Stopped => !vm.autostart,
+            State::Starting
+            | State::Syncing
+            | State::Alone
+            | State::Held
+            | State::Unknown => false,
+        };
+        VmReport {
+            state,
+            healthy,
+            note,
+            primary: primary.map(|(p, _)| p.host.clone()),
+            shadow: shadow.map(|(p, _)| p.host.clone()),
+            vm,
+            processes,
+        }
+    }
+}
+
+/// How the other host is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerReport {
+    /// Its name.
+    pub host: String,
+    /// Whether its axd answers.
+    pub reachable: bool,
+    /// Why not; empty when it does.
+    pub why: String,
+}
+
+/// Something that happened on a host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostEvent {
+    /// Milliseconds since the Unix epoch.
+    pub at_ms: u64,
+    /// The host.
+    pub host: String,
+    /// The VM it is about.
+    pub vm: Option<String>,
+    /// What happened.
+    pub what: HostWhat,
+}
+
+/// What happened on a host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum HostWhat {
+    /// A process of a VM tells.
+    Process {
+        /// Which run of it.
+        incarnation: Incarnation,
+        /// Its number there.
+        seq: u64,
+        /// What.
+        event: What,
+    },
+    /// A process of a VM has ended.
+    Exited {
+        /// Which run of it.
+        incarnation: Incarnation,
+        /// How, in words.
+        how: String,
+    },
+    /// axd tells.
+    Note {
+        /// The line.
+        text: String,
+    },
+}
+
+/// A line axd answers with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "re")]
+pub enum Reply {
+    /// Not last: what is being done.
+    Progress {
+        /// In words.
+        text: String,
+        /// Bytes done, of a long one.
+        done: Option<u64>,
+        /// Bytes in all.
+        total: Option<u64>,
+    },
+    /// Not last: still at it.
+    Alive,
+    /// To [`Request::Events`]; not last.
+    Event {
+        /// The event.
+        event: HostEvent,
+    },
+    /// Done.
+    Done {
+        /// A line for the user; may be empty.
+        text: String,
+    },
+    /// To [`Request::Version`].
+    Version {
+        /// This host.
+        host: String,
+        /// axd's version.
+        version: String,
+        /// The other host.
+        peer: Option<PeerReport>,
+    },
+    /// To [`Request::List`].
+    Vms {
+        /// All VMs, by name.
+        vms: Vec<VmReport>,
+        /// The other host.
+        peer: Option<PeerReport>,
+    },
+    /// To [`Request::Show`] and [`Request::Define`].
+    Vm {
+        /// The VM.
+        vm: Box<VmReport>,
+    },
+    /// To [`Request::Console`]: raw bytes follow.
+    Console,
+    /// Not done.
+    Failed {
+        /// What kind of failure.
+        code: Code,
+        /// What was wrong and what to do.
+        why: String,
+    },
+    /// To [`PeerRequest::Sync`].
+    Synced {
+        /// All definitions of the answering host.
+        definitions: Vec<Definition>,
+    },
+    /// To [`PeerRequest::Processes`].
+    Processes {
+        /// The answering host's.
+        processes: Vec<ProcessReport>,
+    },
+    /// To [`PeerRequest::SpawnShadow`].
+    Shadow {
+        /// The shadow's run.
+        incarnation: Incarnation,
+        /// Where it listens.
+        listen: Vec<SocketAddr>,
+    },
+    /// To [`PeerRequest::Fence`].
+    Gone {
+        /// The runs that are certainly over.
+        incarnations: Vec<Incarnation>,
+    },
+}
+
+impl Reply {
+    /// Whether no further line follows (raw bytes may).
+    pub fn is_last(&self) -> bool {
+        !matches!(
+            self,
+            Reply::Progress { .. } | Reply::Alive | Reply::Event { .. }
+        )
+    }
+}
+
+/// A VM's definition, or the memory that there was one, as both hosts keep it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Definition {
+    /// The VM's name.
+    pub name: String,
+    /// Counts its changes; of two the greater is the newer, and wins.
+    pub change: u64,
+    /// Host that made the change; decides between equal counts.
+    pub by: String,
+    /// The VM; none once it is undefined.
+    pub vm: Option<Vm>,
+}
+
+impl Definition {
+    /// Whether this one replaces `other`.
+    pub fn newer_than(&self, other: &Definition) -> bool {
+        (self.change, &self.by) > (other.change, &other.by)
+    }
+}
+
+/// What one axd asks the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "peer-do", deny_unknown_fields)]
+pub enum PeerRequest {
+    /// Who are you? Answered by [`Reply::Version`].
+    Hello {
+        /// The asking host.
+        host: String,
+    },
+    /// Here are my definitions; take the newer ones and give me yours.
+    Sync {
+        /// All definitions of the asking host.
+        definitions: Vec<Definition>,
+    },
+    /// Which processes run there?
+    Processes,
+    /// Take the definition, make absent images, and run a shadow. Answered when it waits for its
+    /// primary; on failure nothing is left.
+    SpawnShadow {
+        /// The definition.
+        definition: Definition,
+        /// Names this start, for [`PeerRequest::Undo`].
+        operation: u64,
+    },
+    /// A start has failed: end its shadow and remove the images made for it.
+    Undo {
+        /// The VM's name.
+        name: String,
+        /// The start.
+        operation: u64,
+    },
+    /// A start has succeeded: keep what was made for it.
+    Settle {
+        /// The VM's name.
+        name: String,
+        /// The start.
+        operation: u64,
+    },
+    /// SIGKILL every process of the pair that runs under an older generation, and confirm
+    /// (rule 24).
+    Fence {
+        /// The pair, in hexadecimal.
+        pair: String,
+        /// The generation the asking side was granted.
+        generation: Generation,
+    },
+    /// Do this as if a user of yours had asked; do not forward it.
+    Forward {
+        /// The request.
+        request: Request,
+    },
+}
+
+#[cfg(test)]
+#[path = "host_tests.rs"]
+mod tests;
