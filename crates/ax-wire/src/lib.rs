@@ -5,11 +5,18 @@
 //! - [`ids`]: who speaks (pair, side, generation, incarnation, epoch);
 //! - [`record`]: who may run, as the arbiter knows it;
 //! - [`records`]: what travels with an epoch besides memory;
-//! - [`state`]: a machine's saved state as tagged, versioned blocks.
+//! - [`state`]: a machine's saved state as tagged, versioned blocks;
+//! - [`frame`], [`channel`], [`hello`]: how a connection opens: what it is for, and whether the
+//!   two hosts can be a pair;
+//! - [`heartbeat`]: that the other side lives, and how far it has come.
 //!
 //! Nothing here does I/O. Everything read from a peer is hostile until parsed: a parser returns
 //! a value that is right by its type, or an error that says what was wrong and where.
 
+pub mod channel;
+pub mod frame;
+pub mod heartbeat;
+pub mod hello;
 pub mod ids;
 pub mod record;
 pub mod records;

@@ -119,12 +119,20 @@ impl<'a> Records<'a> {
         let rest = self.buf.get(at..).unwrap_or_default();
         let (header, rest) =
             Header::read_from_prefix(rest).map_err(|_| RecordError::Truncated(at))?;
-        let kind = RecordKind::try_read_from_bytes(&[header.kind])
-            .map_err(|_| RecordError::Kind { kind: header.kind, at })?;
+        let kind =
+            RecordKind::try_read_from_bytes(&[header.kind]).map_err(|_| RecordError::Kind {
+                kind: header.kind,
+                at,
+            })?;
         let len = header.len.get() as usize;
         let payload = rest.get(..len).ok_or(RecordError::Truncated(at))?;
         self.at = at + record_size(len);
-        Ok(Record { kind, unit: header.unit, at: header.at.get(), payload })
+        Ok(Record {
+            kind,
+            unit: header.unit,
+            at: header.at.get(),
+            payload,
+        })
     }
 }
 
@@ -152,9 +160,24 @@ mod tests {
     fn records_read_back_in_order() {
         let mut buf = Vec::with_capacity(4096);
         let sent = [
-            Record { kind: RecordKind::DiskWrite, unit: 1, at: 4096, payload: b"hello" },
-            Record { kind: RecordKind::DiskFlush, unit: 1, at: 0, payload: b"" },
-            Record { kind: RecordKind::Frame, unit: 0, at: 7, payload: &[9; 60] },
+            Record {
+                kind: RecordKind::DiskWrite,
+                unit: 1,
+                at: 4096,
+                payload: b"hello",
+            },
+            Record {
+                kind: RecordKind::DiskFlush,
+                unit: 1,
+                at: 0,
+                payload: b"",
+            },
+            Record {
+                kind: RecordKind::Frame,
+                unit: 0,
+                at: 7,
+                payload: &[9; 60],
+            },
         ];
         sent.iter().for_each(|r| assert!(push(&mut buf, *r)));
         let read: Vec<_> = Records::new(&buf).collect::<Result<_, _>>().unwrap();
@@ -165,7 +188,12 @@ mod tests {
     fn a_record_that_does_not_fit_changes_nothing() {
         let mut buf = Vec::with_capacity(64);
         let big = vec![0; buf.capacity()];
-        let record = Record { kind: RecordKind::Frame, unit: 0, at: 0, payload: &big };
+        let record = Record {
+            kind: RecordKind::Frame,
+            unit: 0,
+            at: 0,
+            payload: &big,
+        };
         assert!(!push(&mut buf, record));
         assert!(buf.is_empty());
     }
