@@ -5,3 +5,4 @@
 //! drive the real machine and the simulated one of the tests.
 
 pub mod guest;
+pub mod pair;
