@@ -8,6 +8,8 @@
 //! - [`state`]: a machine's saved state as tagged, versioned blocks;
 //! - [`frame`], [`channel`], [`hello`]: how a connection opens: what it is for, and whether the
 //!   two hosts can be a pair;
+//! - [`stream`]: the epoch stream and what comes back;
+//! - [`peer`]: what the two processes of a pair tell each other besides epochs;
 //! - [`heartbeat`]: that the other side lives, and how far it has come.
 //!
 //! Nothing here does I/O. Everything read from a peer is hostile until parsed: a parser returns
@@ -18,9 +20,11 @@ pub mod frame;
 pub mod heartbeat;
 pub mod hello;
 pub mod ids;
+pub mod peer;
 pub mod record;
 pub mod records;
 pub mod state;
+pub mod stream;
 
 pub use ids::{EpochId, Generation, Incarnation, PairId, Session, Side};
 
