@@ -16,7 +16,7 @@ pub const PREAMBLE: usize = size_of::<Raw>();
 /// Longest reason in an [`Answer`], bytes; longer ones are cut.
 pub const MAX_REASON: usize = 1024;
 
-/// What a connection is for. The first four belong to a session.
+/// What a connection is for. Those of [`Channel::needs_session`] belong to a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Channel {
@@ -32,21 +32,32 @@ pub enum Channel {
     Rpc = 5,
     /// Questions to a witness.
     Witness = 6,
+    /// The conversation of a pair's two processes: hello, hand-over, stop.
+    Peer = 7,
+    /// Received frames, primary to shadow (rule 7).
+    Received = 8,
 }
 
 impl Channel {
     fn parse(raw: u16) -> Option<Channel> {
         use Channel::*;
-        [Forward, Backward, Heartbeat, Disk, Rpc, Witness]
-            .into_iter()
-            .find(|c| *c as u16 == raw)
+        [
+            Forward, Backward, Heartbeat, Disk, Rpc, Witness, Peer, Received,
+        ]
+        .into_iter()
+        .find(|c| *c as u16 == raw)
     }
 
     /// Whether the channel carries one session's messages.
     pub fn needs_session(self) -> bool {
         matches!(
             self,
-            Channel::Forward | Channel::Backward | Channel::Heartbeat | Channel::Disk
+            Channel::Forward
+                | Channel::Backward
+                | Channel::Heartbeat
+                | Channel::Disk
+                | Channel::Peer
+                | Channel::Received
         )
     }
 }
@@ -60,6 +71,8 @@ impl std::fmt::Display for Channel {
             Channel::Disk => "disk",
             Channel::Rpc => "rpc",
             Channel::Witness => "witness",
+            Channel::Peer => "peer",
+            Channel::Received => "received",
         })
     }
 }

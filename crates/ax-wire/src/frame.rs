@@ -23,6 +23,12 @@ pub enum FrameKind {
     ChannelAnswer = 3,
     /// A message of the pairing dialogue.
     Pairing = 4,
+    /// A question to a witness.
+    ArbiterCall = 5,
+    /// A witness's answer.
+    ArbiterAnswer = 6,
+    /// [`crate::peer::PeerMessage`].
+    Peer = 7,
 }
 
 impl FrameKind {
@@ -33,6 +39,7 @@ impl FrameKind {
             FrameKind::Verdict => 64 << 10,
             FrameKind::ChannelAnswer => 2 << 10,
             FrameKind::Pairing => 4 << 10,
+            FrameKind::ArbiterCall | FrameKind::ArbiterAnswer | FrameKind::Peer => 1 << 10,
         }
     }
 }

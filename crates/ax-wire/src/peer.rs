@@ -1,0 +1,94 @@
+//! What the two processes of a pair tell each other besides epochs.
+//!
+//! Sent as frames of kind [`FrameKind::Peer`] on a connection of their own, after the handshake.
+
+use bincode::{Decode, Encode};
+
+use crate::frame::{FrameError, FrameKind, frame};
+use crate::record::Record;
+
+/// One message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum PeerMessage {
+    /// Primary to shadow: every connection of the session is there, the initial copy begins.
+    Begin,
+    /// Primary to shadow: the arbiter granted this record; known from here on.
+    Known(Record),
+    /// Primary to shadow: this record makes you the holder (rule 25).
+    HandOver(Record),
+    /// New primary to old: the guest runs here.
+    Running,
+    /// New primary to old: it could not be started here; nothing has left.
+    CouldNotRun,
+    /// Primary to shadow: stopped in order by this record (rule 26).
+    Stopped(Record),
+}
+
+/// Why bytes are not a message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PeerError {
+    /// The body can't be read.
+    #[error("message of the peer process: {0}")]
+    Body(String),
+    /// The frame can't be made.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+}
+
+/// Most bytes of a message's body.
+const MAX: usize = FrameKind::Peer.max_len();
+
+impl PeerMessage {
+    /// Header and body, ready to send.
+    ///
+    /// # Errors
+    /// Never in practice: a message is far smaller than its bound.
+    pub fn encode(&self) -> Result<Vec<u8>, PeerError> {
+        let config = bincode::config::standard().with_limit::<MAX>();
+        let body =
+            bincode::encode_to_vec(self, config).map_err(|e| PeerError::Body(e.to_string()))?;
+        Ok(frame(FrameKind::Peer, &body)?)
+    }
+
+    /// Reads a body, all of it.
+    ///
+    /// # Errors
+    /// [`PeerError::Body`].
+    pub fn parse(body: &[u8]) -> Result<PeerMessage, PeerError> {
+        let config = bincode::config::standard().with_limit::<MAX>();
+        let (message, used) =
+            bincode::decode_from_slice(body, config).map_err(|e| PeerError::Body(e.to_string()))?;
+        if used != body.len() {
+            return Err(PeerError::Body(format!(
+                "{} bytes too many",
+                body.len() - used
+            )));
+        }
+        Ok(message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::HEADER;
+    use crate::record::{Arbiter, Copies};
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_message_reads_back_and_nothing_may_follow_it() {
+        let record = Record::defined(Copies::Both, Arbiter::Operator);
+        let message = PeerMessage::HandOver(record);
+        let mut bytes = message.encode().unwrap();
+        assert_eq!(PeerMessage::parse(&bytes[HEADER..]), Ok(message));
+        bytes.push(0);
+        assert!(PeerMessage::parse(&bytes[HEADER..]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = PeerMessage::parse(&bytes);
+        }
+    }
+}
