@@ -1,0 +1,200 @@
+//! The one thread of a witness that decides: everything it answers is durable first.
+//!
+//! Questions that arrive while a commit is under way are taken together in the next one: when a
+//! host dies, all its guests ask at the same time.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::time::{Duration, Instant};
+
+use ax_wire::PairId;
+use ax_wire::record::{Arbiter, Decision, Record, State};
+
+use crate::message::{Ask, Fault, Said};
+use crate::rules::{self, Registered, Registration};
+use crate::store::{Batch, Entry, Store, StoreError};
+
+/// Most questions decided in one commit.
+const BATCH: usize = 256;
+/// How long one side's registration waits for the other's. Registering *together* means both
+/// speak of now: a record told long ago may have been passed by an operator's word since.
+const TOGETHER: Duration = Duration::from_secs(10);
+/// Most registrations waiting.
+const MAX_WAITING: usize = 4096;
+
+/// What the clerk's thread is sent.
+pub enum Job {
+    /// Decide and answer.
+    Decide {
+        /// The question; never hello or ping.
+        ask: Ask,
+        /// The authenticated name of the asking host, if the link has one.
+        host: Option<String>,
+        /// Where the answer goes; whoever waited may have gone.
+        reply: SyncSender<Said>,
+    },
+    /// Close the store and end.
+    Stop,
+}
+
+/// One side's registration that waits for the other side's.
+struct Waiting {
+    record: Record,
+    since: Instant,
+}
+
+/// Decides on the questions of one witness.
+pub struct Clerk {
+    store: Store,
+    me: Arbiter,
+    waiting: HashMap<PairId, [Option<Waiting>; 2]>,
+}
+
+impl Clerk {
+    /// A clerk of this store.
+    pub fn new(store: Store) -> Clerk {
+        Clerk {
+            me: Arbiter::Witness(store.id()),
+            store,
+            waiting: HashMap::new(),
+        }
+    }
+
+    /// Decides until told to stop or nobody can ask any more.
+    ///
+    /// # Errors
+    /// The store failed. What the last batch decided is in doubt, so nobody was told.
+    pub fn run(mut self, jobs: &Receiver<Job>) -> Result<(), StoreError> {
+        let mut batch = Vec::with_capacity(BATCH);
+        while let Ok(first) = jobs.recv() {
+            let mut stop = false;
+            for job in std::iter::once(first).chain(jobs.try_iter()) {
+                match job {
+                    Job::Decide { ask, host, reply } => batch.push((ask, host, reply)),
+                    Job::Stop => stop = true,
+                }
+                if stop || batch.len() == BATCH {
+                    break;
+                }
+            }
+            let (store, me, waiting) = (&self.store, self.me, &mut self.waiting);
+            let now = Instant::now();
+            let said = store.batch(|records| {
+                batch
+                    .iter()
+                    .map(|(ask, host, _)| answer(me, records, waiting, ask, host.as_deref(), now))
+                    .collect::<Result<Vec<_>, _>>()
+            })?;
+            for ((_, _, reply), said) in batch.drain(..).zip(said) {
+                let _ = reply.send(said);
+            }
+            if stop {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn answer(
+    me: Arbiter,
+    records: &mut Batch<'_>,
+    waiting: &mut HashMap<PairId, [Option<Waiting>; 2]>,
+    ask: &Ask,
+    host: Option<&str>,
+    now: Instant,
+) -> Result<Said, StoreError> {
+    Ok(match ask {
+        Ask::Hello(_) => Said::Fault(Fault::Order),
+        Ask::Ping => Said::Pong,
+        Ask::Look(pair) => Said::Record(records.get(*pair)?.map(|entry| entry.record)),
+        Ask::Change(request) => {
+            let mut entry = records.get(request.pair)?;
+            if let Some(entry) = &mut entry
+                && !entry.admit(request.caller.side, host)
+            {
+                return Ok(Said::Fault(Fault::WrongHost));
+            }
+            let decision = rules::decide(me, entry.as_ref().map(|e| &e.record), request);
+            if let (Decision::Granted(record), Some(entry)) = (decision, &mut entry) {
+                entry.record = record;
+                records.put(request.pair, entry)?;
+            }
+            tracing::debug!(pair = %request.pair, caller = %request.caller, ?decision, "decided");
+            Said::Decision(decision)
+        }
+        Ask::Register {
+            registration,
+            by_operator,
+        } => {
+            return register(me, records, waiting, registration, *by_operator, host, now);
+        }
+        Ask::Forget { pair, from } => match records.get(*pair)? {
+            None => Said::Forgotten(true),
+            Some(Entry { record, .. })
+                if record.generation == *from && matches!(record.state, State::Stopped { .. }) =>
+            {
+                records.remove(*pair)?;
+                Said::Forgotten(true)
+            }
+            Some(_) => Said::Forgotten(false),
+        },
+    })
+}
+
+fn register(
+    me: Arbiter,
+    records: &mut Batch<'_>,
+    waiting: &mut HashMap<PairId, [Option<Waiting>; 2]>,
+    new: &Registration,
+    by_operator: bool,
+    host: Option<&str>,
+    now: Instant,
+) -> Result<Said, StoreError> {
+    let Registration { pair, side, record } = *new;
+    let known = records.get(pair)?;
+    waiting.retain(|_, sides| {
+        for slot in sides.iter_mut() {
+            slot.take_if(|w| now.duration_since(w.since) > TOGETHER);
+        }
+        sides.iter().any(Option::is_some)
+    });
+    let other = waiting
+        .get(&pair)
+        .and_then(|sides| sides[side.other() as usize].as_ref())
+        .map(|w| w.record);
+    let said = rules::register(
+        me,
+        known.as_ref().map(|entry| &entry.record),
+        other.as_ref(),
+        &record,
+        by_operator,
+    );
+    match said {
+        Registered::Known(record) => {
+            let before = known.clone();
+            let mut entry = known.unwrap_or_else(|| Entry::new(record));
+            entry.record = record;
+            if !entry.admit(side, host) {
+                return Ok(Said::Fault(Fault::WrongHost));
+            }
+            if before.is_none() && records.is_full()? {
+                return Ok(Said::Registered(Registered::Full));
+            }
+            if before.as_ref() != Some(&entry) {
+                tracing::info!(%pair, %record, by_operator, "pair registered");
+                records.put(pair, &entry)?;
+            }
+            waiting.remove(&pair);
+        }
+        Registered::Waiting | Registered::Disagrees { .. } => {
+            if waiting.len() >= MAX_WAITING && !waiting.contains_key(&pair) {
+                return Ok(Said::Registered(Registered::Full));
+            }
+            let sides = waiting.entry(pair).or_default();
+            sides[side as usize] = Some(Waiting { record, since: now });
+        }
+        Registered::Behind { .. } | Registered::Full => {}
+    }
+    Ok(Said::Registered(said))
+}

@@ -1,0 +1,256 @@
+//! The rules by which an arbiter decides (rules 20–27), as pure functions of its record.
+
+use ax_wire::record::{
+    Arbiter, Change, Copies, Decision, Flush, Loss, Member, Record, Refusal, Request, State, Why,
+};
+use ax_wire::{Generation, PairId, Side};
+use bincode::{Decode, Encode};
+
+/// Decides on one request to the arbiter `me`, whose record of the pair is `record`.
+///
+/// A granted record must be durable before the answer leaves. The same caller asking for the
+/// same again, its answer lost, gets [`Decision::Already`]; so a client may ask until it is
+/// answered, and a copy of a request that arrives late changes nothing.
+pub fn decide(me: Arbiter, record: Option<&Record>, request: &Request) -> Decision {
+    let refused = |why| {
+        Decision::Refused(Refusal {
+            record: record.copied(),
+            why,
+        })
+    };
+    let Some(record) = record else {
+        return refused(Why::UnknownPair);
+    };
+    let Some(next) = request.from.0.checked_add(1).map(Generation) else {
+        return refused(Why::Exhausted);
+    };
+    if record.generation == next && was_made_by(record, request) {
+        return Decision::Already(*record);
+    }
+    if record.arbiter != me {
+        return refused(Why::OtherArbiter);
+    }
+    if request.from < record.generation {
+        return refused(Why::Stale);
+    }
+    if request.from > record.generation {
+        return refused(Why::StoreBehind);
+    }
+    let state = match next_state(record, request) {
+        Ok(state) => state,
+        Err(why) => return refused(why),
+    };
+    let arbiter = match request.change {
+        Change::MoveArbiter { to } => to,
+        _ => me,
+    };
+    Decision::Granted(Record {
+        generation: next,
+        arbiter,
+        by: Some(request.caller),
+        state,
+    })
+}
+
+/// True when this very request, or one of the same caller with the same outcome, made the record.
+fn was_made_by(record: &Record, request: &Request) -> bool {
+    let caller = request.caller;
+    record.by == Some(caller)
+        && match request.change {
+            Change::TakeSolo | Change::Start | Change::StartByOperator => {
+                record.state == State::Alone { holder: caller }
+            }
+            Change::EnterFt { shadow, flush } => {
+                record.state
+                    == State::Ft {
+                        holder: caller,
+                        shadow,
+                        flush,
+                    }
+            }
+            Change::Handover => record.shadow() == Some(caller),
+            Change::Stop { epoch, current } => record.state == State::Stopped { epoch, current },
+            Change::MoveArbiter { to } => record.arbiter == to,
+        }
+}
+
+/// What holds after the change, or why it is refused. The generation has been compared.
+fn next_state(record: &Record, request: &Request) -> Result<State, Why> {
+    let caller = request.caller;
+    match request.change {
+        Change::TakeSolo => take_solo(record, caller),
+        Change::EnterFt { shadow, flush } => match record.state {
+            State::Alone { holder } if holder == caller => Ok(State::Ft {
+                holder,
+                shadow,
+                flush,
+            }),
+            State::Alone { .. } => Err(Why::NotHolder),
+            State::Ft { .. } => Err(Why::Protected),
+            State::Stopped { .. } => Err(Why::NotRunning),
+        },
+        Change::Handover => match record.state {
+            State::Ft {
+                holder,
+                shadow,
+                flush,
+            } if holder == caller => Ok(State::Ft {
+                holder: Member {
+                    side: holder.side.other(),
+                    incarnation: shadow,
+                },
+                shadow: holder.incarnation,
+                flush,
+            }),
+            State::Ft { .. } => Err(Why::NotHolder),
+            State::Alone { .. } => Err(Why::NotProtected),
+            State::Stopped { .. } => Err(Why::NotRunning),
+        },
+        Change::Stop { epoch, current } => {
+            let holder = record.holder().ok_or(Why::NotRunning)?;
+            let protected = record.shadow().is_some();
+            match current {
+                _ if holder != caller => Err(Why::NotHolder),
+                Copies::Both if protected => Ok(State::Stopped { epoch, current }),
+                Copies::Only(side) if side == caller.side => Ok(State::Stopped { epoch, current }),
+                _ => Err(Why::Copies),
+            }
+        }
+        Change::Start => match not_current(record, caller.side) {
+            None => Ok(State::Alone { holder: caller }),
+            Some(loss) => Err(Why::NotCurrent(loss)),
+        },
+        Change::StartByOperator => Ok(State::Alone { holder: caller }),
+        Change::MoveArbiter { .. } => match record.state {
+            State::Ft { holder, .. } if holder != caller => Err(Why::NotHolder),
+            State::Ft { .. }
+            | State::Stopped {
+                current: Copies::Both,
+                ..
+            } => Ok(record.state),
+            State::Alone { .. } | State::Stopped { .. } => Err(Why::NotProtected),
+        },
+    }
+}
+
+/// Out of FT: whichever of the two members of the record asks first (rules 20–22). A process of
+/// the shadow's side that is not exactly the one named is stale (rule 23, I4).
+fn take_solo(record: &Record, caller: Member) -> Result<State, Why> {
+    match record.state {
+        State::Ft { holder, .. } if holder == caller => Ok(State::Alone { holder: caller }),
+        State::Ft { .. } if record.shadow() == Some(caller) => Ok(State::Alone { holder: caller }),
+        State::Ft { .. } => Err(Why::NotInSync),
+        State::Alone { .. } => Err(Why::NotProtected),
+        State::Stopped { .. } => Err(Why::NotRunning),
+    }
+}
+
+/// What a cold start on `side` would lose; none when its copy is current (rule 23). An operator
+/// is shown this before giving the word.
+pub fn not_current(record: &Record, side: Side) -> Option<Loss> {
+    let current = match record.state {
+        State::Ft {
+            flush: Flush::Both, ..
+        } => true,
+        State::Ft { holder, .. } | State::Alone { holder } => holder.side == side,
+        State::Stopped { current, .. } => current.has(side),
+    };
+    (!current).then(|| Loss {
+        side: side.other(),
+        since: record.generation,
+    })
+}
+
+/// What one side says it knows, so that an arbiter that does not know the pair may learn it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Registration {
+    /// Which pair.
+    pub pair: PairId,
+    /// Which side says so.
+    pub side: Side,
+    /// The latest record it knows.
+    pub record: Record,
+}
+
+/// What came of a registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub enum Registered {
+    /// The arbiter knows the pair; this is its record.
+    Known(Record),
+    /// The other side has not registered yet: register again until it has.
+    Waiting,
+    /// The other side knows another record; the one with the older must learn from its peer.
+    Disagrees {
+        /// What the other side knows.
+        other: Record,
+    },
+    /// The arbiter once knew a later generation of this pair.
+    Behind {
+        /// What it knew.
+        known: Record,
+    },
+    /// Too many pairs, known or waiting.
+    Full,
+}
+
+/// Registers what one side knows with the arbiter `me` (rule 27).
+///
+/// `known` is its record, `other` what the other side has registered lately. Nothing becomes
+/// known before both sides say the same, or an operator says so; a pair that is known stays as it
+/// is, unless its record was moved to another arbiter and comes back later.
+pub fn register(
+    me: Arbiter,
+    known: Option<&Record>,
+    other: Option<&Record>,
+    mine: &Record,
+    by_operator: bool,
+) -> Registered {
+    match known {
+        Some(known) if known.arbiter == me => return Registered::Known(*known),
+        Some(known) if known.generation > mine.generation => {
+            return Registered::Behind { known: *known };
+        }
+        _ => {}
+    }
+    match other {
+        _ if by_operator => {}
+        None => return Registered::Waiting,
+        Some(other) if !other.agrees_with(mine) => return Registered::Disagrees { other: *other },
+        Some(_) => {}
+    }
+    Registered::Known(Record {
+        arbiter: me,
+        ..*mine
+    })
+}
+
+/// Whose word stands behind a change where no witness decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// Nobody's.
+    Nobody,
+    /// The other host is connected, agrees, and has recorded the same change.
+    Peer,
+    /// An operator's, who knows what the other host does.
+    Operator,
+}
+
+/// Decides where no witness is configured: never alone.
+pub fn decide_by_word(word: Word, record: Option<&Record>, request: &Request) -> Decision {
+    let decision = decide(Arbiter::Operator, record, request);
+    let enough = match (word, request.change) {
+        (Word::Nobody, _) | (Word::Peer, Change::StartByOperator) => false,
+        (Word::Peer | Word::Operator, _) => true,
+    };
+    match decision {
+        Decision::Granted(_) if !enough => Decision::Refused(Refusal {
+            record: record.copied(),
+            why: Why::NeedsOperator,
+        }),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+#[path = "rules_tests.rs"]
+mod tests;

@@ -1,0 +1,361 @@
+use super::*;
+use ax_wire::record::WitnessId;
+use ax_wire::{EpochId, Incarnation};
+
+const ME: Arbiter = Arbiter::Witness(WitnessId {
+    identity: [1; 16],
+    store: [1; 16],
+});
+const OTHER: Arbiter = Arbiter::Witness(WitnessId {
+    identity: [2; 16],
+    store: [2; 16],
+});
+const PAIR: PairId = PairId([9; 16]);
+const A: Member = Member {
+    side: Side::A,
+    incarnation: Incarnation(0xa),
+};
+const B: Member = Member {
+    side: Side::B,
+    incarnation: Incarnation(0xb),
+};
+/// The same sides after a restart of their processes.
+const A2: Member = Member {
+    side: Side::A,
+    incarnation: Incarnation(0xa2),
+};
+const B2: Member = Member {
+    side: Side::B,
+    incarnation: Incarnation(0xb2),
+};
+
+const FT: State = State::Ft {
+    holder: A,
+    shadow: B.incarnation,
+    flush: Flush::Local,
+};
+const ALONE: State = State::Alone { holder: A };
+const STOPPED: State = State::Stopped {
+    epoch: EpochId(5),
+    current: Copies::Both,
+};
+const STOPPED_A: State = State::Stopped {
+    epoch: EpochId(5),
+    current: Copies::Only(Side::A),
+};
+const ENTER: Change = Change::EnterFt {
+    shadow: B.incarnation,
+    flush: Flush::Local,
+};
+const STOP: Change = Change::Stop {
+    epoch: EpochId(6),
+    current: Copies::Both,
+};
+const STOP_A: Change = Change::Stop {
+    epoch: EpochId(6),
+    current: Copies::Only(Side::A),
+};
+const STOP_B: Change = Change::Stop {
+    epoch: EpochId(6),
+    current: Copies::Only(Side::B),
+};
+
+fn record(state: State) -> Record {
+    Record {
+        generation: Generation(7),
+        arbiter: ME,
+        by: Some(A),
+        state,
+    }
+}
+
+fn request(caller: Member, from: u64, change: Change) -> Request {
+    Request {
+        pair: PAIR,
+        caller,
+        from: Generation(from),
+        change,
+    }
+}
+
+/// What the arbiter says to a current caller: the next state, or why not.
+fn outcome(state: State, caller: Member, change: Change) -> Result<State, Why> {
+    let before = record(state);
+    match decide(ME, Some(&before), &request(caller, 7, change)) {
+        Decision::Granted(after) => {
+            assert_eq!((after.generation, after.by), (Generation(8), Some(caller)));
+            Ok(after.state)
+        }
+        Decision::Already(_) => unreachable!("generation 7 asks for 8"),
+        Decision::Refused(Refusal { record, why }) => {
+            assert_eq!(record, Some(before));
+            Err(why)
+        }
+    }
+}
+
+fn loses(side: Side) -> Why {
+    Why::NotCurrent(Loss {
+        side,
+        since: Generation(7),
+    })
+}
+
+#[test]
+fn out_of_ft_goes_to_either_member_named_and_to_nobody_else() {
+    for member in [A, B] {
+        assert_eq!(
+            outcome(FT, member, Change::TakeSolo),
+            Ok(State::Alone { holder: member })
+        );
+    }
+    for stale in [A2, B2] {
+        assert_eq!(outcome(FT, stale, Change::TakeSolo), Err(Why::NotInSync));
+    }
+    for caller in [A, B] {
+        assert_eq!(
+            outcome(ALONE, caller, Change::TakeSolo),
+            Err(Why::NotProtected)
+        );
+        assert_eq!(
+            outcome(STOPPED, caller, Change::TakeSolo),
+            Err(Why::NotRunning)
+        );
+    }
+}
+
+#[test]
+fn into_ft_only_the_lone_holder_leads() {
+    assert_eq!(outcome(ALONE, A, ENTER), Ok(FT));
+    assert_eq!(outcome(ALONE, A2, ENTER), Err(Why::NotHolder));
+    assert_eq!(outcome(ALONE, B, ENTER), Err(Why::NotHolder));
+    assert_eq!(outcome(FT, A, ENTER), Err(Why::Protected));
+    assert_eq!(outcome(STOPPED, A, ENTER), Err(Why::NotRunning));
+}
+
+#[test]
+fn a_handover_swaps_the_members_and_the_old_holder_can_take_it_back() {
+    let swapped = State::Ft {
+        holder: B,
+        shadow: A.incarnation,
+        flush: Flush::Local,
+    };
+    assert_eq!(outcome(FT, A, Change::Handover), Ok(swapped));
+    assert_eq!(outcome(swapped, A, Change::TakeSolo), Ok(ALONE));
+    assert_eq!(outcome(FT, B, Change::Handover), Err(Why::NotHolder));
+    assert_eq!(outcome(ALONE, A, Change::Handover), Err(Why::NotProtected));
+    assert_eq!(outcome(STOPPED, A, Change::Handover), Err(Why::NotRunning));
+}
+
+#[test]
+fn only_the_holder_stops_and_claims_no_more_copies_than_follow() {
+    let stopped = |current| {
+        Ok(State::Stopped {
+            epoch: EpochId(6),
+            current,
+        })
+    };
+    assert_eq!(outcome(FT, A, STOP), stopped(Copies::Both));
+    assert_eq!(outcome(FT, A, STOP_A), stopped(Copies::Only(Side::A)));
+    assert_eq!(outcome(FT, A, STOP_B), Err(Why::Copies));
+    assert_eq!(outcome(FT, B, STOP), Err(Why::NotHolder));
+    assert_eq!(outcome(ALONE, A, STOP), Err(Why::Copies));
+    assert_eq!(outcome(ALONE, A, STOP_A), stopped(Copies::Only(Side::A)));
+    assert_eq!(outcome(STOPPED, A, STOP), Err(Why::NotRunning));
+}
+
+#[test]
+fn a_cold_start_needs_the_current_copy_or_an_operator() {
+    let runs = |holder| Ok(State::Alone { holder });
+    // Cleanly stopped: either side. Stopped alone: that side.
+    assert_eq!(outcome(STOPPED, A2, Change::Start), runs(A2));
+    assert_eq!(outcome(STOPPED, B2, Change::Start), runs(B2));
+    assert_eq!(outcome(STOPPED_A, A2, Change::Start), runs(A2));
+    assert_eq!(outcome(STOPPED_A, B2, Change::Start), Err(loses(Side::A)));
+    // Crashed with (g, ft, A, B) or alone: only A; B by the operator's word.
+    for crashed in [FT, ALONE] {
+        assert_eq!(outcome(crashed, A2, Change::Start), runs(A2));
+        assert_eq!(outcome(crashed, B2, Change::Start), Err(loses(Side::A)));
+        assert_eq!(outcome(crashed, B2, Change::StartByOperator), runs(B2));
+    }
+    // With FLUSH durable on both sides, either.
+    let sync = State::Ft {
+        holder: A,
+        shadow: B.incarnation,
+        flush: Flush::Both,
+    };
+    assert_eq!(outcome(sync, B2, Change::Start), runs(B2));
+}
+
+#[test]
+fn the_loss_is_named_in_words() {
+    let refusal = Refusal {
+        record: Some(record(ALONE)),
+        why: loses(Side::A),
+    };
+    let text = refusal.to_string();
+    assert!(text.contains("waits for side A"), "{text}");
+    assert!(
+        text.contains("what side A has done since generation 7"),
+        "{text}"
+    );
+}
+
+#[test]
+fn the_same_caller_asking_again_is_told_again_and_nothing_changes() {
+    let changes = [
+        (FT, A, Change::TakeSolo),
+        (FT, B, Change::TakeSolo),
+        (ALONE, A, ENTER),
+        (FT, A, Change::Handover),
+        (FT, A, STOP),
+        (STOPPED, B, Change::Start),
+        (FT, B2, Change::StartByOperator),
+        (FT, A, Change::MoveArbiter { to: OTHER }),
+    ];
+    for (state, caller, change) in changes {
+        let ask = request(caller, 7, change);
+        let Decision::Granted(granted) = decide(ME, Some(&record(state)), &ask) else {
+            panic!("{change:?} not granted");
+        };
+        assert_eq!(decide(ME, Some(&granted), &ask), Decision::Already(granted));
+        // Another process asking the same from the same generation has lost the race.
+        let rival = if caller.side == Side::A { B } else { A };
+        let rival = decide(
+            ME,
+            Some(&granted),
+            &Request {
+                caller: rival,
+                ..ask
+            },
+        );
+        assert!(
+            matches!(rival, Decision::Refused(_)),
+            "{change:?}: {rival:?}"
+        );
+    }
+}
+
+#[test]
+fn a_generation_that_is_not_the_records_is_refused() {
+    let says = |from| decide(ME, Some(&record(FT)), &request(A, from, Change::TakeSolo));
+    let why = |d| match d {
+        Decision::Refused(refusal) => refusal.why,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(why(says(5)), Why::Stale);
+    assert_eq!(why(says(6)), Why::Stale);
+    assert_eq!(why(says(8)), Why::StoreBehind);
+    assert_eq!(why(says(u64::MAX)), Why::Exhausted);
+}
+
+#[test]
+fn a_moved_or_unknown_pair_is_granted_nothing() {
+    let moved = outcome_of_move();
+    let ask = request(A, moved.generation.0, Change::TakeSolo);
+    let refused = |record: Option<Record>, why| Decision::Refused(Refusal { record, why });
+    assert_eq!(
+        decide(ME, Some(&moved), &ask),
+        refused(Some(moved), Why::OtherArbiter)
+    );
+    assert_eq!(decide(ME, None, &ask), refused(None, Why::UnknownPair));
+}
+
+fn outcome_of_move() -> Record {
+    match decide(
+        ME,
+        Some(&record(FT)),
+        &request(A, 7, Change::MoveArbiter { to: OTHER }),
+    ) {
+        Decision::Granted(moved) => moved,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_side_alone_cannot_move_the_arbiter() {
+    assert_eq!(
+        outcome(ALONE, A, Change::MoveArbiter { to: OTHER }),
+        Err(Why::NotProtected)
+    );
+    assert_eq!(
+        outcome(FT, B, Change::MoveArbiter { to: OTHER }),
+        Err(Why::NotHolder)
+    );
+}
+
+#[test]
+fn an_unknown_pair_becomes_known_when_both_sides_agree_or_an_operator_says_so() {
+    let mine = Record {
+        arbiter: OTHER,
+        ..record(FT)
+    };
+    let known = Registered::Known(record(FT));
+    assert_eq!(register(ME, None, None, &mine, false), Registered::Waiting);
+    assert_eq!(register(ME, None, Some(&mine), &mine, false), known);
+    assert_eq!(register(ME, None, None, &mine, true), known);
+    let older = Record {
+        generation: Generation(6),
+        ..mine
+    };
+    let disagrees = Registered::Disagrees { other: older };
+    assert_eq!(register(ME, None, Some(&older), &mine, false), disagrees);
+}
+
+#[test]
+fn registering_never_changes_what_is_known() {
+    let known = record(ALONE);
+    let claim = Record {
+        generation: Generation(99),
+        ..record(STOPPED)
+    };
+    let answer = register(ME, Some(&known), Some(&claim), &claim, true);
+    assert_eq!(answer, Registered::Known(known));
+}
+
+#[test]
+fn a_pair_that_moved_away_comes_back_only_with_a_later_record() {
+    let moved = outcome_of_move();
+    let old = record(FT);
+    let answer = register(ME, Some(&moved), Some(&old), &old, true);
+    assert_eq!(answer, Registered::Behind { known: moved });
+    let later = Record {
+        generation: Generation(12),
+        ..moved
+    };
+    let answer = register(ME, Some(&moved), Some(&later), &later, false);
+    assert_eq!(
+        answer,
+        Registered::Known(Record {
+            arbiter: ME,
+            ..later
+        })
+    );
+}
+
+#[test]
+fn without_a_witness_nothing_is_decided_alone() {
+    let known = Record {
+        arbiter: Arbiter::Operator,
+        ..record(FT)
+    };
+    let says = |word, change| decide_by_word(word, Some(&known), &request(A, 7, change));
+    let held = Decision::Refused(Refusal {
+        record: Some(known),
+        why: Why::NeedsOperator,
+    });
+    for change in [
+        Change::TakeSolo,
+        STOP,
+        Change::Handover,
+        Change::StartByOperator,
+    ] {
+        assert_eq!(says(Word::Nobody, change), held);
+        assert!(matches!(says(Word::Operator, change), Decision::Granted(_)));
+    }
+    assert!(matches!(
+        says(Word::Peer, Change::Handover),
+        Decision::Granted(_)
+    ));
+    assert_eq!(says(Word::Peer, Change::StartByOperator), held);
+}
