@@ -1,0 +1,1 @@
+//! Tests of the devices, from the driver's side.
