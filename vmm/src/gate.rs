@@ -1,0 +1,248 @@
+//! How vCPU threads are parked and let go.
+//!
+//! A vCPU thread is *parked* when it waits here; then its pending exit is complete and nobody
+//! holds its lock. Its owner parks all with [`Gate::park`]: it says so under the lock, sets each
+//! running vCPU's `immediate_exit`, signals it and waits on a condition variable (a futex), never
+//! polling. The kick can't be lost: a signal before KVM_RUN leaves `immediate_exit` set, so KVM_RUN
+//! completes the pending exit and returns EINTR. Only [`Gate::go`] clears it, when all are parked.
+//!
+//! A *halted* guest (powered off, crashed, waiting for its reset) counts as parked until
+//! [`Gate::revive`].
+
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering, fence};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, Result};
+
+/// What vCPU threads are to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Order {
+    Run,
+    Park,
+    Exit,
+}
+
+#[derive(Debug)]
+struct State {
+    order: Order,
+    halted: bool,
+    parked: usize,
+    gone: bool,
+}
+
+/// What is needed to kick one vCPU out of KVM_RUN.
+#[derive(Debug)]
+pub(crate) struct Kick {
+    thread: AtomicI32,
+    parked: std::sync::atomic::AtomicBool,
+    /// `kvm_run.immediate_exit`; valid while the vCPU exists, null when it does not.
+    immediate_exit: AtomicPtr<AtomicU8>,
+}
+
+impl Kick {
+    /// # Safety
+    /// `immediate_exit` must stay valid until the [`Gate`] holding this is told [`Gate::forget`].
+    pub(crate) unsafe fn new(immediate_exit: *mut u8) -> Self {
+        Kick {
+            thread: AtomicI32::new(0),
+            parked: false.into(),
+            immediate_exit: AtomicPtr::new(immediate_exit.cast()),
+        }
+    }
+
+    fn set_immediate_exit(&self, value: u8) {
+        let flag = self.immediate_exit.load(Ordering::Acquire);
+        // SAFETY: non-null means valid by the contract of `new`; the kernel only reads the byte.
+        if let Some(flag) = unsafe { flag.as_ref() } {
+            flag.store(value, Ordering::SeqCst);
+        }
+    }
+
+    fn kick(&self) {
+        self.set_immediate_exit(1);
+        fence(Ordering::SeqCst);
+        let thread = self.thread.load(Ordering::Acquire);
+        if thread != 0 {
+            // SAFETY: signals a thread of this process; a thread clears its number before it ends.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, kick_signal()) };
+        }
+    }
+}
+
+/// The signal that makes KVM_RUN return. It has an empty handler in every process with a machine.
+pub(crate) fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+/// Parks and releases the vCPU threads of one machine.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    go: Condvar,
+    all_parked: Condvar,
+    vcpus: Box<[Kick]>,
+    /// Counts harvests that freed dirty-ring entries, and releases.
+    freed: AtomicU64,
+}
+
+impl Gate {
+    /// A gate that is shut.
+    pub(crate) fn new(vcpus: Vec<Kick>) -> Self {
+        Gate {
+            state: Mutex::new(State {
+                order: Order::Park,
+                halted: false,
+                parked: 0,
+                gone: false,
+            }),
+            go: Condvar::new(),
+            all_parked: Condvar::new(),
+            vcpus: vcpus.into(),
+            freed: AtomicU64::new(0),
+        }
+    }
+
+    /// A vCPU thread introduces itself; the guard reports its end.
+    pub(crate) fn enter(&self, vcpu: usize) -> Presence<'_> {
+        if let Some(kick) = self.vcpus.get(vcpu) {
+            // SAFETY: gettid has no arguments and can't fail.
+            kick.thread
+                .store(unsafe { libc::gettid() }, Ordering::Release);
+        }
+        Presence { gate: self, vcpu }
+    }
+
+    /// Parks the calling vCPU thread until it shall run (true) or end (false).
+    pub(crate) fn wait(&self, vcpu: usize) -> bool {
+        let mut state = self.state.lock();
+        state.parked += 1;
+        self.set_parked(vcpu, true);
+        if state.parked == self.vcpus.len() {
+            self.all_parked.notify_all();
+        }
+        while state.order == Order::Park || (state.order == Order::Run && state.halted) {
+            self.go.wait(&mut state);
+        }
+        state.parked -= 1;
+        self.set_parked(vcpu, false);
+        state.order == Order::Run
+    }
+
+    fn set_parked(&self, vcpu: usize, parked: bool) {
+        if let Some(kick) = self.vcpus.get(vcpu) {
+            kick.parked.store(parked, Ordering::Relaxed);
+        }
+    }
+
+    fn kick_running(&self) {
+        self.vcpus
+            .iter()
+            .filter(|v| !v.parked.load(Ordering::Relaxed))
+            .for_each(Kick::kick);
+    }
+
+    /// Whether a vCPU that KVM_RUN returned from with EINTR shall park (or was woken for nothing).
+    pub(crate) fn shall_park(&self) -> bool {
+        let state = self.state.lock();
+        state.order != Order::Run || state.halted
+    }
+
+    /// Kicks every running vCPU and waits until all are parked.
+    ///
+    /// # Errors
+    /// When a vCPU thread has ended.
+    pub(crate) fn park(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        state.order = Order::Park;
+        self.kick_running();
+        self.go.notify_all(); // those waiting for a full ring to be emptied
+        while state.parked < self.vcpus.len() && !state.gone {
+            self.all_parked.wait(&mut state);
+        }
+        if state.gone {
+            Err(Error::VcpuGone)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Lets parked vCPUs run. Call it only when all are parked.
+    pub(crate) fn go(&self) {
+        let mut state = self.state.lock();
+        self.vcpus.iter().for_each(|v| v.set_immediate_exit(0));
+        self.freed.fetch_add(1, Ordering::SeqCst);
+        state.order = Order::Run;
+        self.go.notify_all();
+    }
+
+    /// Stops the guest as a whole, from one of its vCPU threads: each parks once its pending exit is
+    /// complete, and stays parked.
+    pub(crate) fn halt(&self) {
+        let mut state = self.state.lock();
+        state.halted = true;
+        self.kick_running();
+        self.go.notify_all();
+    }
+
+    /// Halts (when restoring a halted guest) or undoes [`Gate::halt`]. Only while all are parked.
+    pub(crate) fn set_halted(&self, halted: bool) {
+        self.state.lock().halted = halted;
+    }
+
+    /// How often rings were emptied or vCPUs let go. Read it before KVM_RUN.
+    pub(crate) fn freed(&self) -> u64 {
+        self.freed.load(Ordering::SeqCst)
+    }
+
+    /// A harvest emptied the dirty rings of running vCPUs.
+    pub(crate) fn rings_freed(&self) {
+        let _state = self.state.lock();
+        self.freed.fetch_add(1, Ordering::SeqCst);
+        self.go.notify_all();
+    }
+
+    /// Waits, on a vCPU thread whose ring is full, until the rings are emptied (since `seen` was
+    /// read) or the vCPU shall park.
+    pub(crate) fn wait_freed(&self, seen: u64) {
+        let mut state = self.state.lock();
+        while state.order == Order::Run && !state.halted && self.freed() == seen {
+            self.go.wait(&mut state);
+        }
+    }
+
+    /// Tells every vCPU thread to end; they are joined by whoever spawned them.
+    pub(crate) fn end(&self) {
+        let mut state = self.state.lock();
+        state.order = Order::Exit;
+        self.kick_running();
+        self.go.notify_all();
+    }
+
+    /// Forgets the vCPUs' `immediate_exit` flags: the vCPUs are about to be closed.
+    pub(crate) fn forget(&self) {
+        let none = std::ptr::null_mut();
+        self.vcpus
+            .iter()
+            .for_each(|v| v.immediate_exit.store(none, Ordering::Release));
+    }
+}
+
+/// A vCPU thread's life.
+pub(crate) struct Presence<'a> {
+    gate: &'a Gate,
+    vcpu: usize,
+}
+
+impl Drop for Presence<'_> {
+    fn drop(&mut self) {
+        if let Some(kick) = self.gate.vcpus.get(self.vcpu) {
+            kick.thread.store(0, Ordering::Release);
+        }
+        let mut state = self.gate.state.lock();
+        if state.order != Order::Exit {
+            state.gone = true;
+            self.gate.all_parked.notify_all();
+        }
+    }
+}
