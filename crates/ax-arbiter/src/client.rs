@@ -7,11 +7,11 @@
 //!
 //! [`rules::decide`]: crate::rules::decide
 
-use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use ax_link::{Connector, LinkError, Preamble, Stream};
 use ax_wire::frame::FrameKind;
 use ax_wire::record::{Decision, Record, Request, WitnessId};
 use ax_wire::{Generation, PairId};
@@ -19,44 +19,22 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::message::{self, Answer, Ask, Call, Fault, MessageError, Said, VERSIONS};
 use crate::rules::{Registered, Registration};
-use crate::witness::Channel;
 
 /// How often an idle connection is pinged, and a lost one dialled again.
 pub const PING: Duration = Duration::from_secs(1);
-/// The least time one address is given, if the deadline allows.
+/// The least time one attempt is given, if the deadline allows.
 const ATTEMPT: Duration = Duration::from_millis(100);
-/// Pause before all addresses are tried again, when they fail at once.
+/// Pause before the next attempt, for failures that come at once.
 const RETRY: Duration = Duration::from_millis(5);
-
-/// Opens connections to the witness.
-pub trait Dial: Send + Sync {
-    /// Connects, and authenticates where the link does, within `timeout`.
-    ///
-    /// # Errors
-    /// Why there is no connection.
-    fn dial(&self, to: SocketAddr, timeout: Duration) -> std::io::Result<Box<dyn Channel>>;
-}
-
-/// Plain TCP: for a private cable, and only when configured so.
-#[derive(Clone, Copy, Debug)]
-pub struct Plain;
-
-impl Dial for Plain {
-    fn dial(&self, to: SocketAddr, timeout: Duration) -> std::io::Result<Box<dyn Channel>> {
-        let stream = TcpStream::connect_timeout(&to, timeout)?;
-        stream.set_nodelay(true)?;
-        Ok(Box::new(stream))
-    }
-}
 
 /// Why there is no answer. Whether the request was granted is then unknown (rule 21): ask again.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     /// Nobody answered in time.
-    #[error("the witness cannot be reached: {}", .tried.join("; "))]
+    #[error("the witness did not answer in time: {last}")]
     Unreachable {
-        /// The last failure at each address.
-        tried: Vec<String>,
+        /// The last failure, in words.
+        last: String,
     },
     /// Another witness, or another store, than the one that knows the pair: it decides nothing
     /// until both hosts have registered with it (rule 27).
@@ -82,8 +60,7 @@ pub struct Client {
 }
 
 struct Shared {
-    addresses: Vec<SocketAddr>,
-    dial: Box<dyn Dial>,
+    connector: Connector,
     expected: Mutex<Option<WitnessId>>,
     warm: Mutex<Option<Connection>>,
     lost: Condvar,
@@ -92,14 +69,15 @@ struct Shared {
 
 /// A greeted connection.
 struct Connection {
-    channel: Box<dyn Channel>,
-    address: SocketAddr,
+    stream: Stream,
     witness: WitnessId,
 }
 
 /// How one attempt failed.
 #[derive(Debug, thiserror::Error)]
 enum AttemptError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
     #[error(transparent)]
     Message(#[from] MessageError),
     #[error("an answer to another question")]
@@ -109,20 +87,15 @@ enum AttemptError {
 }
 
 impl Client {
-    /// A client of the witness at these addresses, tried in order. `expected` is the witness the
-    /// pair's record names, if this host knows one. A thread keeps a connection warm as long as a
-    /// clone exists.
+    /// A client of the witness that `connector` leads to. `expected` is the witness the pair's
+    /// record names, if this host knows one. A thread keeps a connection warm as long as a clone
+    /// exists.
     ///
     /// # Errors
     /// The thread could not be started.
-    pub fn new(
-        addresses: Vec<SocketAddr>,
-        dial: Box<dyn Dial>,
-        expected: Option<WitnessId>,
-    ) -> std::io::Result<Client> {
+    pub fn new(connector: Connector, expected: Option<WitnessId>) -> std::io::Result<Client> {
         let shared = Arc::new(Shared {
-            addresses,
-            dial,
+            connector,
             expected: Mutex::new(expected),
             warm: Mutex::new(None),
             lost: Condvar::new(),
@@ -135,8 +108,10 @@ impl Client {
         Ok(Client { shared })
     }
 
-    /// Asks for a change, again and again until `deadline`, at every address. Persist the record
-    /// granted before acting on it: it is what this host registers if the witness loses its store.
+    /// Asks for a change, again and again until `deadline`. A connection that has fallen silent
+    /// takes half of what is left until then: ask with short deadlines, and go on asking.
+    /// Persist the record granted before acting on it: it is what this host registers if the
+    /// witness loses its store.
     ///
     /// # Errors
     /// No answer; the outcome is unknown unless it is [`AskError::OtherWitness`] or
@@ -228,131 +203,102 @@ impl Client {
         pick: impl Fn(Said) -> Option<T>,
     ) -> Result<T, AskError> {
         let shared = &self.shared;
-        let mut tried: Vec<String> = vec![String::new(); shared.addresses.len()];
+        let mut last = String::from("no time was left to ask");
         let mut warm = shared.warm.lock().take();
-        let mut order = (0..shared.addresses.len()).cycle();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let now = Instant::now();
+            if now >= deadline {
                 shared.lost.notify_all();
-                tried.retain(|error| !error.is_empty());
-                if tried.is_empty() {
-                    tried.push("no time was left to ask".into());
-                }
-                return Err(AskError::Unreachable { tried });
+                return Err(AskError::Unreachable { last });
             }
-            // Every address gets its share of what is left, so that a silent one leaves time for
-            // the others.
-            let share = left / (shared.addresses.len() as u32 + 1);
-            let attempt = share.max(ATTEMPT).min(left);
-            let connection = match warm.take() {
-                Some(connection) => Ok(connection),
-                None => {
-                    let Some(at) = order.next() else {
-                        return Err(AskError::Unreachable {
-                            tried: vec!["no address is configured".into()],
-                        });
-                    };
-                    shared.connect(shared.addresses[at], attempt)
-                }
-            };
-            let failed = match connection {
-                Ok(mut connection) => {
-                    let expected = *shared.expected.lock();
-                    if let Some(expected) = expected
-                        && must_be_expected
-                        && connection.witness != expected
-                    {
-                        let found = connection.witness;
-                        shared.keep(connection);
-                        return Err(AskError::OtherWitness { expected, found });
-                    }
-                    let address = connection.address;
-                    match shared.exchange(&mut connection, ask, attempt, &pick) {
-                        Ok(answer) => {
+            // A connection that has died silently must leave time for a new one.
+            let attempt = ((deadline - now) / 2).max(ATTEMPT);
+            let until = deadline.min(now + attempt);
+            let asked = warm
+                .take()
+                .map_or_else(|| shared.connect(until), Ok)
+                .and_then(|mut connection| {
+                    let found = connection.witness;
+                    match *shared.expected.lock() {
+                        Some(expected) if must_be_expected && expected != found => {
                             shared.keep(connection);
-                            return Ok(answer);
+                            return Ok(Err(AskError::OtherWitness { expected, found }));
                         }
-                        Err(error) => (address, error),
+                        _ => {}
                     }
-                }
-                Err(failed) => failed,
-            };
-            match failed {
-                (_, AttemptError::Fault(fault)) => return Err(fault.into()),
-                (address, error) => {
-                    let at = shared
-                        .addresses
-                        .iter()
-                        .position(|a| *a == address)
-                        .unwrap_or(0);
-                    tried[at] = format!("{address}: {}", chain(&error));
-                }
+                    let answer = exchange(&mut connection, shared.id(), ask, until, &pick)?;
+                    shared.keep(connection);
+                    Ok(Ok(answer))
+                });
+            match asked {
+                Ok(answer) => return answer,
+                Err(AttemptError::Fault(fault)) => return Err(fault.into()),
+                Err(error) => last = chain(&error),
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            std::thread::sleep(RETRY.min(left));
+            std::thread::sleep(RETRY.min(deadline.saturating_duration_since(Instant::now())));
         }
     }
 }
 
 impl Shared {
-    fn connect(
-        &self,
-        address: SocketAddr,
-        timeout: Duration,
-    ) -> Result<Connection, (SocketAddr, AttemptError)> {
-        let greet = || -> Result<Connection, AttemptError> {
-            let until = Instant::now() + timeout;
-            let channel = self.dial.dial(address, timeout).map_err(MessageError::Io)?;
-            let nobody = WitnessId {
-                identity: [0; 16],
-                store: [0; 16],
-            };
-            let mut connection = Connection {
-                channel,
-                address,
-                witness: nobody,
-            };
-            let left = until.saturating_duration_since(Instant::now());
-            connection.witness = self.exchange(
-                &mut connection,
-                Ask::Hello(VERSIONS),
-                left,
-                &|said| match said {
-                    Said::Hello { witness, .. } => Some(witness),
-                    _ => None,
-                },
-            )?;
-            Ok(connection)
+    fn connect(&self, until: Instant) -> Result<Connection, AttemptError> {
+        let stream = self.connector.open_until(Preamble::witness(), until)?;
+        let nobody = WitnessId {
+            identity: [0; 16],
+            store: [0; 16],
         };
-        greet().map_err(|error| (address, error))
+        let mut connection = Connection {
+            stream,
+            witness: nobody,
+        };
+        let hello = |said| match said {
+            Said::Hello { witness, .. } => Some(witness),
+            _ => None,
+        };
+        connection.witness = exchange(
+            &mut connection,
+            self.id(),
+            Ask::Hello(VERSIONS),
+            until,
+            &hello,
+        )?;
+        Ok(connection)
     }
 
-    /// One question and its answer. After an error the connection must be dropped: an answer may
-    /// still be on its way.
-    fn exchange<T>(
-        &self,
-        connection: &mut Connection,
-        ask: Ask,
-        timeout: Duration,
-        pick: &impl Fn(Said) -> Option<T>,
-    ) -> Result<T, AttemptError> {
-        let id = self.ids.fetch_add(1, Ordering::Relaxed);
-        let channel = &mut connection.channel;
-        channel.set_timeout(timeout).map_err(MessageError::Io)?;
-        message::write(channel, FrameKind::ArbiterCall, &Call { id, ask })?;
-        let answer: Answer = message::read(channel, FrameKind::ArbiterAnswer)?;
-        if answer.id != id {
-            return Err(AttemptError::Mismatch);
-        }
-        match answer.said {
-            Said::Fault(fault) => Err(AttemptError::Fault(fault)),
-            said => pick(said).ok_or(AttemptError::Mismatch),
-        }
+    fn id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
     }
 
     fn keep(&self, connection: Connection) {
         *self.warm.lock() = Some(connection);
+    }
+}
+
+/// One question and its answer. After an error the connection must be dropped: an answer may still
+/// be on its way.
+fn exchange<T>(
+    connection: &mut Connection,
+    id: u64,
+    ask: Ask,
+    until: Instant,
+    pick: &impl Fn(Said) -> Option<T>,
+) -> Result<T, AttemptError> {
+    let stream = &mut connection.stream;
+    let left = until
+        .saturating_duration_since(Instant::now())
+        .max(Duration::from_millis(1));
+    let timed = stream.set_read_timeout(Some(left));
+    timed
+        .and_then(|()| stream.set_write_timeout(Some(left)))
+        .map_err(MessageError::Io)?;
+    message::write(stream, FrameKind::ArbiterCall, &Call { id, ask })?;
+    let answer: Answer = message::read(stream, FrameKind::ArbiterAnswer)?;
+    if answer.id != id {
+        return Err(AttemptError::Mismatch);
+    }
+    match answer.said {
+        Said::Fault(fault) => Err(AttemptError::Fault(fault)),
+        said => pick(said).ok_or(AttemptError::Mismatch),
     }
 }
 
@@ -361,41 +307,25 @@ fn keep_warm(client: &Weak<Shared>) {
     let mut complained = false;
     while let Some(shared) = client.upgrade() {
         // Taken out, so that a question that matters never waits for a ping: it dials anew.
-        let warm = shared.warm.lock().take();
-        let warm = warm.and_then(|mut connection| {
+        let warm = shared.warm.lock().take().and_then(|mut connection| {
             let pong = |said| matches!(said, Said::Pong).then_some(());
-            shared
-                .exchange(&mut connection, Ask::Ping, PING, &pong)
-                .ok()
-                .map(|()| connection)
+            let until = Instant::now() + PING;
+            exchange(&mut connection, shared.id(), Ask::Ping, until, &pong).ok()?;
+            Some(connection)
         });
-        let warm = warm.map_or_else(
-            || {
-                let mut failed = None;
-                for address in &shared.addresses {
-                    match shared.connect(*address, PING) {
-                        Ok(connection) => return Ok(connection),
-                        Err(error) => failed = Some(error),
-                    }
-                }
-                Err(failed)
-            },
-            Ok,
-        );
-        match warm {
+        match warm.map_or_else(|| shared.connect(Instant::now() + PING), Ok) {
             Ok(connection) => {
                 complained = false;
                 shared.warm.lock().get_or_insert(connection);
             }
-            Err(Some((address, error))) if !complained => {
+            Err(error) if !complained => {
                 complained = true;
-                tracing::warn!(%address, error = chain(&error), "the witness cannot be reached");
+                tracing::warn!(error = chain(&error), "the witness cannot be reached");
             }
             Err(_) => {}
         }
         let mut warm = shared.warm.lock();
         shared.lost.wait_for(&mut warm, PING);
-        drop(warm);
     }
 }
 

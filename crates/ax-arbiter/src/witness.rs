@@ -4,8 +4,6 @@
 //! the decision durable in between. It may be killed at any moment: what it answered, it will
 //! still know.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,6 +11,7 @@ use std::sync::mpsc::{self, SyncSender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ax_link::{Acceptor, Channel, Stream};
 use ax_wire::frame::FrameKind;
 use ax_wire::record::WitnessId;
 use parking_lot::Mutex;
@@ -25,33 +24,10 @@ use crate::store::{Store, StoreError};
 pub const MAX_CONNECTIONS: usize = 1024;
 /// A connection silent for so long is closed. Clients ping far more often.
 pub const IDLE: Duration = Duration::from_secs(60);
+/// How often the accepting thread looks whether the store has failed.
+const LOOK_UP: Duration = Duration::from_millis(200);
 /// Stack of a connection's thread, bytes.
 const STACK: usize = 256 << 10;
-
-/// A connection between a host and a witness, already authenticated where the link is.
-pub trait Channel: Read + Write + Send {
-    /// Bounds each following read and write.
-    ///
-    /// # Errors
-    /// The system's.
-    fn set_timeout(&mut self, timeout: Duration) -> std::io::Result<()>;
-
-    /// The authenticated name of the other end, if there is one.
-    fn peer_name(&self) -> Option<String>;
-}
-
-/// A plain connection: nobody is authenticated.
-impl Channel for TcpStream {
-    fn set_timeout(&mut self, timeout: Duration) -> std::io::Result<()> {
-        let timeout = Some(timeout.max(Duration::from_millis(1)));
-        self.set_read_timeout(timeout)?;
-        self.set_write_timeout(timeout)
-    }
-
-    fn peer_name(&self) -> Option<String> {
-        None
-    }
-}
 
 /// Why a witness ended.
 #[derive(Debug, thiserror::Error)]
@@ -59,9 +35,6 @@ pub enum WitnessError {
     /// Its store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Its listening socket.
-    #[error("the witness cannot accept connections")]
-    Accept(#[source] std::io::Error),
     /// A thread could not be started.
     #[error("the witness cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -110,68 +83,57 @@ impl Witness {
         self.shared.id
     }
 
-    /// Accepts connections until [`Witness::stop`] or a failure of the store. `secure` turns an
-    /// accepted connection into an authenticated one; it runs on the connection's own thread.
+    /// Serves what `acceptor` accepts until its stopper is used, or the store fails. The store is
+    /// closed when this returns.
     ///
     /// # Errors
-    /// The listening socket's, or the store's.
-    pub fn serve<F>(&self, listener: &TcpListener, secure: F) -> Result<(), WitnessError>
-    where
-        F: Fn(TcpStream, SocketAddr) -> std::io::Result<Box<dyn Channel>> + Send + Sync + 'static,
-    {
-        let secure = Arc::new(secure);
-        let own = listener.local_addr().map_err(WitnessError::Accept)?;
-        loop {
-            let accepted = listener.accept();
-            if self.ended() {
-                return self.close();
-            }
-            let (stream, from) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) if is_passing(&error) => {
-                    tracing::warn!(%error, "witness: connection not accepted");
-                    std::thread::sleep(Duration::from_millis(50));
-                    continue;
-                }
-                Err(error) => return Err(WitnessError::Accept(error)),
+    /// The store failed.
+    pub fn serve(&self, acceptor: &Acceptor) -> Result<(), WitnessError> {
+        while !self.ended() {
+            let incoming = match acceptor.accept_timeout(LOOK_UP) {
+                Ok(Some(incoming)) => incoming,
+                Ok(None) => continue,
+                Err(_) => break,
             };
+            if incoming.preamble().channel() != Channel::Witness {
+                incoming.refuse("this is a witness: it serves only the witness channel");
+                continue;
+            }
             let Some(slot) = Slot::take(&self.shared) else {
-                tracing::warn!(%from, "witness: {MAX_CONNECTIONS} connections open, one refused");
+                incoming.refuse("the witness has too many connections");
                 continue;
             };
-            let (witness, secure) = (self.clone(), Arc::clone(&secure));
+            let witness = self.clone();
             let started = std::thread::Builder::new()
                 .name("witness-conn".into())
                 .stack_size(STACK)
                 .spawn(move || {
                     let _slot = slot;
-                    let attended = secure(stream, from)
-                        .map_err(MessageError::Io)
-                        .and_then(|mut channel| witness.attend(channel.as_mut()));
+                    let peer = incoming.stream().describe();
+                    let attended = incoming
+                        .accept()
+                        .map_err(|error| MessageError::Io(std::io::Error::other(error)))
+                        .and_then(|stream| witness.attend(stream));
                     if let Err(error) = attended {
-                        tracing::debug!(%from, %error, "witness: connection ended");
-                    }
-                    if witness.ended() {
-                        // The clerk is gone: let the accepting thread see it.
-                        let _ = TcpStream::connect_timeout(&own, Duration::from_secs(1));
+                        tracing::debug!(peer, %error, "witness: connection ended");
                     }
                 });
             if let Err(error) = started {
-                tracing::warn!(%from, %error, "witness: no thread for a connection");
+                tracing::warn!(%error, "witness: no thread for a connection; dropped it");
             }
         }
+        self.close()
     }
 
-    /// Answers one connection until it ends.
-    ///
-    /// # Errors
-    /// Why it ended: the connection's error, bytes that are no message, or the clerk's end.
-    pub fn attend(&self, channel: &mut dyn Channel) -> Result<(), MessageError> {
-        let host = channel.peer_name();
-        channel.set_timeout(IDLE)?;
+    /// Answers one connection until it ends: by its error, by bytes that are no message, or with
+    /// the clerk.
+    fn attend(&self, mut stream: Stream) -> Result<(), MessageError> {
+        let host = stream.peer_name().map(ToString::to_string);
+        stream.set_read_timeout(Some(IDLE))?;
+        stream.set_write_timeout(Some(IDLE))?;
         let mut greeted = false;
         loop {
-            let Call { id, ask } = message::read(channel, FrameKind::ArbiterCall)?;
+            let Call { id, ask } = message::read(&mut stream, FrameKind::ArbiterCall)?;
             let said = match ask {
                 Ask::Hello(theirs) if !greeted => match VERSIONS.common(theirs) {
                     Some(version) => {
@@ -206,22 +168,8 @@ impl Witness {
                     })?
                 }
             };
-            message::write(channel, FrameKind::ArbiterAnswer, &Answer { id, said })?;
+            message::write(&mut stream, FrameKind::ArbiterAnswer, &Answer { id, said })?;
         }
-    }
-
-    /// Ends the witness: its store is closed when this returns. `listening` is where
-    /// [`Witness::serve`] accepts, which then returns.
-    ///
-    /// # Errors
-    /// The store had failed before.
-    pub fn stop(&self, listening: Option<SocketAddr>) -> Result<(), WitnessError> {
-        self.shared.stopping.store(true, Ordering::SeqCst);
-        let closed = self.close();
-        if let Some(own) = listening {
-            let _ = TcpStream::connect_timeout(&own, Duration::from_secs(1));
-        }
-        closed
     }
 
     fn ended(&self) -> bool {
@@ -246,16 +194,6 @@ impl Witness {
             ))),
         }
     }
-}
-
-/// True for errors of one connection or a passing shortage, which must not end the witness.
-fn is_passing(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::*;
-    // ENFILE, EMFILE, ENOBUFS, EPERM (a firewall), EPROTO
-    matches!(
-        error.kind(),
-        ConnectionAborted | ConnectionReset | Interrupted | OutOfMemory
-    ) || matches!(error.raw_os_error(), Some(23 | 24 | 105 | 1 | 71))
 }
 
 /// One connection's place among [`MAX_CONNECTIONS`].
