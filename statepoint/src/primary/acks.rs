@@ -1,0 +1,135 @@
+//! The reading thread: acknowledgements commit epochs and release their outputs.
+
+use std::sync::atomic::Ordering;
+
+use ax_wire::stream::{self, FrameError, FrameKind, Header, Nonce, Progress, Refusal, Resume};
+use ax_wire::{EpochId, Generation};
+
+use super::PrimaryEvents;
+use super::handle::{Failure, Shared};
+use crate::link::{FrameReader, LinkError};
+
+/// Longest payload a shadow sends, bytes.
+const MAX: usize = 64;
+
+/// One frame of the backward connection, checked against the session (rule 5).
+fn read<'a>(
+    shared: &Shared,
+    reader: &mut FrameReader,
+    buf: &'a mut [u8; MAX],
+) -> Result<(Header, &'a [u8]), LinkError> {
+    let header = reader.header()?;
+    let expected = shared.current_session();
+    // The shadow learns of a new generation in the stream: until then its frames carry the old one.
+    let known = shared.session.generation..=expected.generation;
+    if header.session.pair != expected.pair
+        || header.session.incarnation != shared.shadow
+        || !known.contains(&Generation(header.session.generation.0))
+    {
+        return Err(FrameError::Session {
+            expected: ax_wire::Session {
+                incarnation: shared.shadow,
+                ..expected
+            },
+            got: header.session,
+        }
+        .into());
+    }
+    let Some(payload) = buf.get_mut(..header.len) else {
+        return Err(FrameError::TooLong {
+            kind: header.kind,
+            len: header.len,
+        }
+        .into());
+    };
+    reader.payload(&header, payload)?;
+    Ok((header, payload))
+}
+
+fn unexpected(kind: FrameKind) -> LinkError {
+    FrameError::Body {
+        kind,
+        what: "not due on this connection now",
+    }
+    .into()
+}
+
+/// The shadow's first word: the last epoch it has staged whole, if any.
+pub(super) fn read_resume(
+    shared: &Shared,
+    reader: &mut FrameReader,
+) -> Result<Option<EpochId>, LinkError> {
+    let mut buf = [0; MAX];
+    let (header, payload) = read(shared, reader, &mut buf)?;
+    if header.kind != FrameKind::Resume {
+        return Err(unexpected(header.kind));
+    }
+    let resume: Resume = stream::body(header.kind, payload)?;
+    Ok((resume.has_epoch.get() != 0).then_some(EpochId(resume.staged.get())))
+}
+
+/// Reads until the connection ends; leaves the reason in the flow and wakes the epoch thread.
+pub(super) fn run(shared: &Shared, events: &dyn PrimaryEvents, mut reader: FrameReader) {
+    let failure = loop {
+        match step(shared, events, &mut reader) {
+            Ok(None) => {}
+            Ok(Some(refusal)) => break Failure::Refused(refusal),
+            Err(error) => break Failure::Link(error),
+        }
+    };
+    shared.flow.lock().failure = Some(failure);
+    shared.trigger.ring();
+}
+
+fn step(
+    shared: &Shared,
+    events: &dyn PrimaryEvents,
+    reader: &mut FrameReader,
+) -> Result<Option<Refusal>, LinkError> {
+    let mut buf = [0; MAX];
+    let (header, payload) = read(shared, reader, &mut buf)?;
+    match header.kind {
+        FrameKind::Ack => {
+            let progress: Progress = stream::body(header.kind, payload)?;
+            let stamp = shared.commit(header.epoch).map_err(|()| FrameError::Body {
+                kind: header.kind,
+                what: "acknowledges an epoch that was not sent",
+            })?;
+            if let Some(stamp) = stamp {
+                if !shared.confirmed.swap(true, Ordering::AcqRel) {
+                    events.confirmed(header.epoch);
+                }
+                shared.release(stamp);
+                events.committed(header.epoch);
+            }
+            note(shared, &progress);
+        }
+        FrameKind::Applied => note(shared, &stream::body(header.kind, payload)?),
+        FrameKind::Answer => {
+            let answer: Nonce = stream::body(header.kind, payload)?;
+            let mut question = shared.question.lock();
+            let stamp = if question.nonce == answer.nonce.get() {
+                question.stamp_ns.take()
+            } else {
+                None
+            };
+            drop(question);
+            if let Some(stamp) = stamp {
+                shared.release(stamp);
+            }
+        }
+        FrameKind::Refuse => return Ok(Some(stream::body(header.kind, payload)?)),
+        kind => return Err(unexpected(kind)),
+    }
+    Ok(None)
+}
+
+fn note(shared: &Shared, progress: &Progress) {
+    let acked = shared.acked.load(Ordering::Acquire);
+    for (at, value) in [
+        (&shared.applied, progress.applied.get()),
+        (&shared.durable, progress.durable.get()),
+    ] {
+        at.fetch_max(value.min(acked), Ordering::AcqRel);
+    }
+}

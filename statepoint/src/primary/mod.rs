@@ -1,0 +1,290 @@
+//! The primary's engine: initial copy, capture, ship, commit.
+//!
+//! One thread, the caller of [`PrimaryEngine::run`], pauses, captures and writes the forward
+//! connection; a second reads the backward connection, commits epochs and releases their outputs.
+//! The guest runs while an epoch is shipped; up to [`PrimaryConfig::in_flight`] epochs may be
+//! unacknowledged, each kept in its slot so that it can be sent again after a reconnection.
+
+mod acks;
+mod capture;
+mod handle;
+mod run;
+mod ship;
+mod sync;
+
+use std::sync::Arc;
+
+use ax_wire::stream::Refusal;
+use ax_wire::{EpochId, Incarnation, Session};
+use io_barrier::{Barrier, Clock, RxCounts, SealError};
+
+use crate::guest::{Guest, GuestError, Page};
+use crate::link::LinkError;
+use crate::policy::Policy;
+
+use capture::Slot;
+use handle::Shared;
+pub use handle::{PrimaryHandle, PrimaryProgress};
+
+/// What besides memory and machine state belongs to an epoch. Called from the epoch thread.
+pub trait EpochSource: Send {
+    /// The disks' initial copy begins (again) from the first byte.
+    fn restart_sync(&mut self) -> Result<(), GuestError>;
+
+    /// Replaces `records` by the next piece of the disks' initial copy, as disk records; true once
+    /// nothing of it is left. What the guest writes to a part already sent is recorded from then on.
+    fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError>;
+
+    /// Bytes of disk records in the open epoch, for the running count (rule 2).
+    fn disk_bytes(&self) -> usize;
+
+    /// Ends the open epoch: `records` is replaced by its disk records (swap buffers, do not allocate).
+    /// The guest is paused and nothing of the capture can fail any more.
+    fn seal(&mut self, records: &mut Vec<u8>);
+
+    /// Received frames the guest has been given so far, per network device (rule 7). The guest is
+    /// paused.
+    fn rx_given(&self) -> RxCounts;
+}
+
+/// What the engine tells while it runs. Quick, non-blocking.
+pub trait PrimaryEvents: Send + Sync {
+    /// The initial copy: bytes sent so far and bytes known to be sent in all (memory only).
+    fn copying(&self, _sent: u64, _total: u64) {}
+
+    /// The rest is small enough for one epoch; from the return on outputs must be held (rule 22; the
+    /// engine makes sure of it).
+    fn copy_done(&self) {}
+
+    /// The shadow acknowledged its first whole epoch, with disks in sync. From the reading thread.
+    fn confirmed(&self, _epoch: EpochId) {}
+
+    /// An epoch is committed and its outputs were offered for release. From the reading thread.
+    fn committed(&self, _epoch: EpochId) {}
+
+    /// A capture failed and was undone (I6); the engine tries again.
+    fn capture_failed(&self, _error: &CaptureError) {}
+}
+
+/// Tells nobody.
+impl PrimaryEvents for () {}
+
+/// Where the shadow stands when the engine begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It has nothing: copy everything; the first epoch is the one after this (I5).
+    FullCopy {
+        /// Last epoch of this guest's life so far.
+        after: EpochId,
+    },
+    /// It has exactly this committed epoch (roles swapped by a planned failover, rule 25). Dirty
+    /// tracking must have been on since the guest left that epoch.
+    Synced {
+        /// The epoch.
+        at: EpochId,
+    },
+}
+
+/// How an engine works.
+#[derive(Clone, Debug)]
+pub struct PrimaryConfig {
+    /// What this side's frames carry.
+    pub session: Session,
+    /// The shadow's process: frames of another are refused.
+    pub shadow: Incarnation,
+    /// Where the shadow stands.
+    pub start: Start,
+    /// When epochs end.
+    pub policy: Policy,
+    /// Epochs that may be unacknowledged (at least 1).
+    pub in_flight: usize,
+    /// Bytes of pages one slot holds. An epoch with more is shipped with the guest paused.
+    pub slot_bytes: usize,
+    /// Bytes of machine state one slot holds.
+    pub state_bytes: usize,
+    /// Bytes of held output a slot has room for without growing (the barrier's bound per epoch).
+    pub output_bytes: usize,
+    /// Every so many epochs a digest of the whole RAM travels along; 0 never.
+    pub verify_every: u64,
+    /// Initial copy: rounds before the rest is sent as an epoch whatever its size.
+    pub copy_rounds: u32,
+    /// Initial copy: dirty pages that are few enough for an epoch.
+    pub copy_rest: usize,
+}
+
+impl PrimaryConfig {
+    /// The defaults for this pair of processes.
+    pub fn new(session: Session, shadow: Incarnation, start: Start) -> PrimaryConfig {
+        PrimaryConfig {
+            session,
+            shadow,
+            start,
+            policy: Policy::default(),
+            in_flight: 2,
+            slot_bytes: 12 << 20,
+            state_bytes: 1 << 20,
+            output_bytes: 1 << 20,
+            verify_every: 0,
+            copy_rounds: 20,
+            copy_rest: 1024,
+        }
+    }
+}
+
+/// Why an epoch was not captured. The guest runs on and nothing is lost (I6).
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The guest's machine failed.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The outputs could not be closed.
+    #[error("closing the epoch's outputs: {0}")]
+    Seal(#[from] SealError),
+}
+
+/// Why [`PrimaryEngine::run`] returned without being asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum PrimaryError {
+    /// The connection is gone or was broken: connect again within the detection time and call `run`
+    /// again; unacknowledged epochs are sent again (rule 10).
+    #[error("epoch stream: {0}")]
+    Link(#[from] LinkError),
+    /// The shadow refused the stream. [`Refusal::Broken`] is as a broken link.
+    #[error("the shadow refused the epoch stream: {0:?}")]
+    Refused(Refusal),
+    /// The shadow does not stand where this engine left it: it needs a new initial copy.
+    #[error("the shadow stands at {shadow:?}; this primary can go on from {from:?} to {to:?} only")]
+    OutOfStep {
+        /// Where it says it stands.
+        shadow: Option<EpochId>,
+        /// Last epoch known acknowledged.
+        from: EpochId,
+        /// Last epoch captured.
+        to: EpochId,
+    },
+    /// Captures keep failing; each was undone and the guest runs.
+    #[error("capturing an epoch: {0}")]
+    Capture(#[from] CaptureError),
+    /// The guest could not go on after a capture.
+    #[error("resuming the guest: {0}")]
+    Resume(#[source] GuestError),
+}
+
+/// How a run ended in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// [`PrimaryHandle::stop`] was called.
+    Stopped,
+    /// The final epoch was acknowledged; the guest stays paused (rule 25).
+    Final {
+        /// Its number.
+        epoch: EpochId,
+    },
+}
+
+/// The primary's engine. Lives as long as this process protects its guest by one shadow process;
+/// connections come and go ([`PrimaryEngine::run`]).
+pub struct PrimaryEngine<G, S> {
+    config: PrimaryConfig,
+    guest: G,
+    source: S,
+    events: Arc<dyn PrimaryEvents>,
+    shared: Arc<Shared>,
+    /// The number of the open epoch.
+    next: EpochId,
+    tracking: bool,
+    /// When the guest was parked, while it is.
+    parked_since: Option<u64>,
+    /// The epoch after whose capture it stays paused until the acknowledgement.
+    stays: Option<EpochId>,
+    /// That epoch is the final one.
+    is_final: bool,
+    resumed: u64,
+    paused_for: u64,
+    estimate: usize,
+    estimated: u64,
+    failures: u32,
+    scratch: Vec<u8>,
+    pages: Vec<Page>,
+    received: Vec<u8>,
+}
+
+impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
+    /// An engine and the handle by which other threads reach it. Allocates every buffer.
+    pub fn new(
+        config: PrimaryConfig,
+        guest: G,
+        source: S,
+        events: Arc<dyn PrimaryEvents>,
+        barrier: Arc<Barrier>,
+        clock: Arc<dyn Clock>,
+    ) -> (PrimaryEngine<G, S>, PrimaryHandle) {
+        let total = guest.ram().iter().map(|r| r.pages).sum::<u64>() as usize;
+        let slots = (0..config.in_flight.max(1))
+            .map(|_| Slot::new(&config, total))
+            .collect();
+        let after = match config.start {
+            Start::FullCopy { after } => after,
+            Start::Synced { at } => at,
+        };
+        let confirmed = matches!(config.start, Start::Synced { .. });
+        let shared = Arc::new(Shared::new(
+            &config, slots, after, confirmed, barrier, clock,
+        ));
+        let engine = PrimaryEngine {
+            guest,
+            source,
+            events,
+            shared: Arc::clone(&shared),
+            next: after.next(),
+            tracking: confirmed,
+            parked_since: None,
+            stays: None,
+            is_final: false,
+            resumed: shared.clock.now_ns(),
+            paused_for: 0,
+            estimate: 0,
+            estimated: 0,
+            failures: 0,
+            scratch: Vec::with_capacity(ship::CHUNK_BYTES),
+            pages: Vec::with_capacity(total),
+            received: Vec::with_capacity(handle::RECEIVED_BYTES),
+            config,
+        };
+        (engine, PrimaryHandle { shared })
+    }
+
+    /// Lets a guest go on that this engine left paused (final epoch, or an epoch larger than its slot
+    /// when the link was lost). Call it only when the guest may run here.
+    ///
+    /// # Errors
+    /// The guest could not be resumed.
+    pub fn unpark(&mut self) -> Result<(), GuestError> {
+        if self.parked_since.take().is_some() {
+            (self.stays, self.is_final) = (None, false);
+            self.guest.resume()?;
+            self.resumed = self.shared.clock.now_ns();
+            self.shared.barrier.resumed();
+        }
+        Ok(())
+    }
+
+    /// True while the guest is paused by this engine.
+    pub fn is_parked(&self) -> bool {
+        self.parked_since.is_some()
+    }
+
+    /// Ends protection: dirty tracking stops and the guest and the source come back. A parked guest
+    /// stays parked.
+    ///
+    /// # Errors
+    /// Dirty tracking could not be stopped; the parts come back all the same.
+    pub fn into_parts(mut self) -> (G, S, Result<(), GuestError>) {
+        let stopped = if self.tracking {
+            self.guest.track_dirty(false)
+        } else {
+            Ok(())
+        };
+        (self.guest, self.source, stopped)
+    }
+}

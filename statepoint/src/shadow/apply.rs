@@ -1,0 +1,219 @@
+//! The applying thread.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ax_wire::stream::{Progress, Run, Runs};
+use ax_wire::{EpochId, PAGE_SIZE};
+use parking_lot::Mutex;
+
+use super::stage::Stage;
+use super::{CommittedState, ShadowError, ShadowSink, Shared};
+use crate::digest::digest;
+use crate::guest::{GuestError, ShadowGuest};
+
+/// The stages and where they are.
+pub(super) struct Stages {
+    pub free: Vec<Stage>,
+    /// Committed, to be applied in order.
+    ready: VecDeque<Stage>,
+    /// Why applying ended.
+    pub failed: Option<ShadowError>,
+    ending: bool,
+}
+
+impl Stages {
+    pub fn new(stages: [Stage; 2]) -> Stages {
+        Stages {
+            ready: VecDeque::with_capacity(stages.len()),
+            free: stages.into_iter().collect(),
+            failed: None,
+            ending: false,
+        }
+    }
+
+    pub fn begin(&mut self) {
+        self.ending = false;
+    }
+
+    /// The applying thread ends when nothing is left to apply.
+    pub fn end(&mut self) {
+        self.ending = true;
+    }
+}
+
+impl Shared {
+    /// Waits for a free stage; none when applying has failed.
+    pub fn take_stage(&self) -> Option<Stage> {
+        let mut stages = self.stages.lock();
+        loop {
+            if stages.failed.is_some() {
+                return None;
+            }
+            if let Some(stage) = stages.free.pop() {
+                return Some(stage);
+            }
+            self.changed.wait(&mut stages);
+        }
+    }
+
+    /// Gives an unused stage back.
+    pub fn give_stage(&self, mut stage: Stage) {
+        stage.clear();
+        self.stages.lock().free.push(stage);
+    }
+
+    /// Queues a committed epoch.
+    pub fn ready(&self, stage: Stage) {
+        self.stages.lock().ready.push_back(stage);
+        self.changed.notify_all();
+    }
+
+    pub fn progress(&self) -> Progress {
+        Progress {
+            applied: self.applied.load(Ordering::Acquire).into(),
+            durable: self.durable.load(Ordering::Acquire).into(),
+        }
+    }
+}
+
+/// How long an epoch applied may stay untold when no acknowledgement carries the news.
+const TELL: Duration = Duration::from_millis(20);
+
+/// Zero pages, written in pieces.
+static ZEROS: [u8; 16 * PAGE_SIZE] = [0; 16 * PAGE_SIZE];
+
+/// Writes page runs into the guest.
+pub(super) fn write_runs<G: ShadowGuest>(guest: &mut G, payload: &[u8]) -> Result<(), GuestError> {
+    for run in Runs::new(payload) {
+        let Run { first, pages, data } = run.map_err(|error| GuestError {
+            doing: "reading staged pages",
+            source: Box::new(error),
+        })?;
+        match data {
+            Some(data) => guest.write_pages(first, data)?,
+            None => {
+                let mut page = first;
+                let end = first.saturating_add(pages);
+                while page < end {
+                    let n = (end - page).min((ZEROS.len() / PAGE_SIZE) as u64);
+                    let zeros = ZEROS.get(..n as usize * PAGE_SIZE).unwrap_or_default();
+                    guest.write_pages(page, zeros)?;
+                    page += n;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn run<G: ShadowGuest, S: ShadowSink>(
+    shared: &Shared,
+    guest: &Mutex<&mut G>,
+    sink: &Mutex<&mut S>,
+) {
+    let mut scratch = Vec::new();
+    let mut told = shared.applied.load(Ordering::Acquire);
+    let mut stages = shared.stages.lock();
+    loop {
+        let Some(mut stage) = stages.ready.pop_front() else {
+            if stages.ending {
+                return;
+            }
+            let timed_out = shared.changed.wait_for(&mut stages, TELL).timed_out();
+            if timed_out {
+                drop(stages);
+                told = tell(shared, sink, told);
+                stages = shared.stages.lock();
+            }
+            continue;
+        };
+        drop(stages);
+        let mut target = guest.lock();
+        let applied = apply(shared, &mut **target, sink, &mut stage, &mut scratch);
+        drop(target);
+        stages = shared.stages.lock();
+        match applied {
+            Ok(()) => {
+                stage.clear();
+                stages.free.push(stage);
+            }
+            Err(error) => {
+                shared.spoiled.store(true, Ordering::Release);
+                let refusal = error.refusal();
+                stages.failed = Some(error);
+                stages.ready.clear();
+                drop(stages);
+                shared.changed.notify_all();
+                // The receiver may be waiting for bytes: it must not go on acknowledging.
+                shared.backward.refuse(shared.me(), refusal);
+                let close = shared.close.lock().clone();
+                if let Some(close) = close {
+                    close();
+                }
+                return;
+            }
+        }
+        shared.changed.notify_all();
+    }
+}
+
+/// Tells the primary how far this side is, if it has not been told.
+fn tell<S: ShadowSink>(shared: &Shared, sink: &Mutex<&mut S>, told: u64) -> u64 {
+    let durable = sink.lock().durable().0;
+    let before = shared.durable.fetch_max(durable, Ordering::AcqRel);
+    let applied = shared.applied.load(Ordering::Acquire);
+    if applied > told || durable > before {
+        let epoch = EpochId(shared.staged.load(Ordering::Acquire));
+        shared
+            .backward
+            .applied(shared.me(), epoch, shared.progress());
+    }
+    applied
+}
+
+fn apply<G: ShadowGuest, S: ShadowSink>(
+    shared: &Shared,
+    guest: &mut G,
+    sink: &Mutex<&mut S>,
+    stage: &mut Stage,
+    scratch: &mut Vec<u8>,
+) -> Result<(), ShadowError> {
+    let epoch = stage.epoch.0;
+    let failed = |source| ShadowError::Apply { epoch, source };
+    write_runs(guest, stage.runs.as_slice()).map_err(failed)?;
+    stage
+        .unspill(|payload| write_runs(guest, payload))
+        .map_err(failed)?;
+    if let Some(there) = stage.digest {
+        let ram = guest.ram().to_vec();
+        let here =
+            digest(&ram, scratch, |first, out| guest.read_pages(first, out)).map_err(failed)?;
+        if here != there {
+            return Err(ShadowError::Diverged { epoch, here, there });
+        }
+    }
+    let mut sink = sink.lock();
+    sink.committed(stage.epoch, &mut stage.disk)
+        .map_err(failed)?;
+    shared.durable.fetch_max(sink.durable().0, Ordering::AcqRel);
+    if stage.first {
+        sink.in_sync(stage.epoch, shared.primary().generation)
+            .map_err(failed)?;
+    }
+    drop(sink);
+    let mut committed = shared.committed.lock();
+    // Swapping keeps both buffers: nothing is allocated from the third epoch on.
+    let mut state = committed.take().map(|c| c.state).unwrap_or_default();
+    std::mem::swap(&mut state, &mut stage.state);
+    *committed = Some(CommittedState {
+        epoch: stage.epoch,
+        state,
+        arrived_ns: stage.arrived_ns,
+        rx_given: stage.rx_given,
+    });
+    drop(committed);
+    shared.applied.store(epoch, Ordering::Release);
+    Ok(())
+}

@@ -1,0 +1,446 @@
+//! Reading the forward connection: every check of an epoch is here.
+
+use std::convert::Infallible;
+use std::sync::atomic::Ordering;
+
+use ax_wire::records::{RecordKind, Records};
+use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce, Runs};
+use ax_wire::{EpochId, Generation};
+use io_barrier::MAX_NICS;
+use parking_lot::Mutex;
+
+use super::apply::write_runs;
+use super::stage::Stage;
+use super::{ShadowError, ShadowSink, Shared};
+use crate::guest::{RamRegion, ShadowGuest};
+use crate::link::{FrameReader, LinkError};
+
+pub(super) struct Receiver<'a, 'g, G, S> {
+    shared: &'a Shared,
+    reader: FrameReader,
+    guest: &'a Mutex<&'g mut G>,
+    sink: &'a Mutex<&'g mut S>,
+    ram: Vec<RamRegion>,
+    stage: Option<Stage>,
+    /// Payload of frames that are not staged.
+    scratch: Vec<u8>,
+    /// A piece of the disks' initial copy, while it arrives.
+    disk: Vec<u8>,
+    copying: bool,
+    copied: u64,
+    first: bool,
+}
+
+fn bad(epoch: EpochId, what: &'static str) -> ShadowError {
+    ShadowError::Epoch {
+        epoch: epoch.0,
+        what,
+    }
+}
+
+/// True when every page of the run is RAM.
+fn in_ram(ram: &[RamRegion], first: u64, pages: u64) -> bool {
+    let Some(end) = first.checked_add(pages) else {
+        return false;
+    };
+    ram.iter()
+        .any(|r| first >= r.start && end <= r.start.saturating_add(r.pages))
+}
+
+/// True when `bytes` are whole records of kinds for which `allowed` holds.
+fn are_records(bytes: &[u8], allowed: impl Fn(RecordKind, u8) -> bool) -> bool {
+    Records::new(bytes).all(|r| r.is_ok_and(|r| allowed(r.kind, r.unit)))
+}
+
+impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
+    pub fn new(
+        shared: &'a Shared,
+        reader: FrameReader,
+        guest: &'a Mutex<&'g mut G>,
+        sink: &'a Mutex<&'g mut S>,
+    ) -> Self {
+        let ram = guest.lock().ram().to_vec();
+        Receiver {
+            shared,
+            reader,
+            guest,
+            sink,
+            ram,
+            stage: None,
+            scratch: Vec::new(),
+            disk: Vec::new(),
+            copying: false,
+            copied: 0,
+            first: false,
+        }
+    }
+
+    /// Until something is wrong or the connection ends.
+    pub fn run(&mut self) -> Result<Infallible, ShadowError> {
+        let result = loop {
+            if let Err(error) = self.frame() {
+                break error;
+            }
+        };
+        // I2: a partial epoch is discarded.
+        if let Some(stage) = self.stage.take() {
+            self.shared.give_stage(stage);
+        }
+        Err(result)
+    }
+
+    fn staged(&self) -> EpochId {
+        EpochId(self.shared.staged.load(Ordering::Acquire))
+    }
+
+    fn frame(&mut self) -> Result<(), ShadowError> {
+        let header = self.reader.header()?;
+        self.check_session(&header)?;
+        match header.kind {
+            FrameKind::BulkPages | FrameKind::BulkDisk | FrameKind::BulkDiskEnd => {
+                self.bulk(&header)
+            }
+            FrameKind::SyncDone => self.sync_done(&header),
+            FrameKind::EpochBegin => self.begin(&header),
+            FrameKind::State | FrameKind::Pages | FrameKind::Disk | FrameKind::Outputs => {
+                self.part(&header)
+            }
+            FrameKind::EpochEnd => self.end(&header),
+            FrameKind::Received | FrameKind::Question | FrameKind::Granted => self.between(&header),
+            kind => Err(body_error(kind, "not a forward frame")),
+        }
+    }
+
+    /// Rule 5: exactly this stream's session; only [`FrameKind::Granted`] may bring a later generation.
+    fn check_session(&self, header: &Header) -> Result<(), LinkError> {
+        let expected = self.shared.primary();
+        let mut session = header.session;
+        if header.kind == FrameKind::Granted && session.generation > expected.generation {
+            session.generation = expected.generation;
+        }
+        if session != expected {
+            header.of_session(expected)?;
+        }
+        Ok(())
+    }
+
+    fn read_scratch(&mut self, header: &Header) -> Result<(), LinkError> {
+        self.scratch.clear();
+        self.reader.append(header, &mut self.scratch)
+    }
+
+    fn check_runs(&self, epoch: EpochId, payload: &[u8]) -> Result<u64, ShadowError> {
+        check_runs(&self.ram, epoch, payload)
+    }
+
+    fn bulk(&mut self, header: &Header) -> Result<(), ShadowError> {
+        let failed = |source| ShadowError::Apply { epoch: 0, source };
+        if self.staged() != EpochId(0) || self.stage.is_some() {
+            return Err(bad(header.epoch, "an initial copy to a shadow in sync"));
+        }
+        if !self.copying {
+            self.copying = true;
+            self.sink.lock().begin_sync().map_err(failed)?;
+        }
+        if header.kind == FrameKind::BulkPages {
+            self.read_scratch(header)?;
+            self.check_runs(header.epoch, &self.scratch)?;
+            let mut guest = self.guest.lock();
+            write_runs(&mut **guest, &self.scratch).map_err(failed)?;
+        } else if header.kind == FrameKind::BulkDisk {
+            if self.disk.len() + header.len > self.shared.config.disk_bytes {
+                return Err(bad(header.epoch, "too large a piece of disk"));
+            }
+            self.reader.append(header, &mut self.disk)?;
+        } else {
+            self.read_scratch(header)?;
+            if !are_records(&self.disk, is_disk) {
+                return Err(bad(
+                    header.epoch,
+                    "the initial copy has broken disk records",
+                ));
+            }
+            self.sink.lock().bulk(&self.disk).map_err(failed)?;
+            self.disk.clear();
+        }
+        self.copied += header.len as u64;
+        self.shared.events.copying(self.copied);
+        Ok(())
+    }
+
+    fn sync_done(&mut self, header: &Header) -> Result<(), ShadowError> {
+        self.read_scratch(header)?;
+        if !self.copying || !self.disk.is_empty() {
+            return Err(bad(
+                header.epoch,
+                "the initial copy ends without having begun",
+            ));
+        }
+        (self.copying, self.first) = (false, true);
+        Ok(())
+    }
+
+    fn begin(&mut self, header: &Header) -> Result<(), ShadowError> {
+        let epoch = header.epoch;
+        if self.stage.is_some() || self.copying {
+            return Err(bad(epoch, "begins before the one before it is whole"));
+        }
+        let staged = self.staged();
+        let due = if self.first {
+            epoch > EpochId(0)
+        } else {
+            staged != EpochId(0) && epoch == staged.next()
+        };
+        if !due {
+            return Err(bad(epoch, "is not the one after the last committed"));
+        }
+        self.read_scratch(header)?;
+        let begin: EpochBegin =
+            stream::body(header.kind, &self.scratch).map_err(LinkError::from)?;
+        let config = &self.shared.config;
+        let ram: u64 = self.ram.iter().map(|r| r.pages).sum();
+        if begin.state.get() > config.state_bytes as u64
+            || begin.disk.get() > config.disk_bytes as u64
+            || begin.outputs.get() > config.output_bytes as u64
+            || begin.pages.get() > ram
+        {
+            return Err(bad(epoch, "is larger than any may be"));
+        }
+        if begin.released.get() >= epoch.0 {
+            return Err(bad(epoch, "has released outputs that are not committed"));
+        }
+        let Some(mut stage) = self.shared.take_stage() else {
+            return Err(LinkError::Closed.into());
+        };
+        stage.clear();
+        stage.epoch = epoch;
+        stage.begin = Some(begin);
+        stage.rx_given = begin.rx_given.map(|n| n.get());
+        stage.first = self.first;
+        stage.frames = 1;
+        stage.bytes = header.len as u64;
+        self.stage = Some(stage);
+        Ok(())
+    }
+
+    fn part(&mut self, header: &Header) -> Result<(), ShadowError> {
+        let epoch = header.epoch;
+        let Some(stage) = self.stage.as_mut().filter(|s| s.epoch == epoch) else {
+            return Err(bad(epoch, "has a part outside its begin and end"));
+        };
+        let begin = stage.begin.ok_or_else(|| bad(epoch, "has no begin"))?;
+        stage.frames += 1;
+        stage.bytes += header.len as u64;
+        let (part, bound) = match header.kind {
+            FrameKind::State => (&mut stage.state, begin.state.get()),
+            FrameKind::Disk => (&mut stage.disk, begin.disk.get()),
+            FrameKind::Outputs => (&mut stage.outputs, begin.outputs.get()),
+            _ => return self.pages(header),
+        };
+        if (part.len() + header.len) as u64 > bound {
+            return Err(bad(epoch, "has more than its begin says"));
+        }
+        Ok(self.reader.append(header, part)?)
+    }
+
+    fn pages(&mut self, header: &Header) -> Result<(), ShadowError> {
+        let epoch = header.epoch;
+        let Some(stage) = self.stage.as_mut() else {
+            return Err(bad(epoch, "has pages outside its begin and end"));
+        };
+        let pages = if let Some(place) = stage.runs.grab(header.len) {
+            self.reader.payload(header, place)?;
+            check_runs(&self.ram, epoch, place)?
+        } else {
+            self.scratch.clear();
+            self.reader.append(header, &mut self.scratch)?;
+            let pages = check_runs(&self.ram, epoch, &self.scratch)?;
+            stage
+                .spill(&self.shared.config.spill_dir, &self.scratch)
+                .map_err(|source| {
+                    // Nothing was acknowledged: this shadow is as good as before.
+                    tracing::error!(error = %source, "an epoch does not fit its stage");
+                    ShadowError::Link(LinkError::Io(source))
+                })?;
+            pages
+        };
+        stage.pages += pages;
+        if stage.pages > stage.begin.map_or(0, |b| b.pages.get()) {
+            return Err(bad(epoch, "has more pages than its begin says"));
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, header: &Header) -> Result<(), ShadowError> {
+        let epoch = header.epoch;
+        self.read_scratch(header)?;
+        let end: EpochEnd = stream::body(header.kind, &self.scratch).map_err(LinkError::from)?;
+        let Some(stage) = self.stage.as_mut().filter(|s| s.epoch == epoch) else {
+            return Err(bad(epoch, "ends without having begun"));
+        };
+        let begin = stage.begin.ok_or_else(|| bad(epoch, "has no begin"))?;
+        let counted = (stage.frames, stage.bytes, stage.pages);
+        if counted != (end.frames.get(), end.bytes.get(), end.pages.get()) {
+            return Err(bad(epoch, "is not what its end counts"));
+        }
+        let lengths = (stage.state.len(), stage.disk.len(), stage.outputs.len());
+        let said = (begin.state.get(), begin.disk.get(), begin.outputs.get());
+        if (lengths.0 as u64, lengths.1 as u64, lengths.2 as u64) != said
+            || stage.pages != begin.pages.get()
+        {
+            return Err(bad(epoch, "is not what its begin says"));
+        }
+        if !are_records(&stage.disk, is_disk) {
+            return Err(bad(epoch, "has broken disk records"));
+        }
+        if !are_records(&stage.outputs, is_output) {
+            return Err(bad(epoch, "has broken output records"));
+        }
+        stage.digest = (end.has_digest.get() != 0).then_some(end.digest.get());
+        self.commit(begin)
+    }
+
+    /// The epoch is whole: from here on it is what a promotion goes on from, so it is remembered
+    /// before it is acknowledged.
+    fn commit(&mut self, begin: EpochBegin) -> Result<(), ShadowError> {
+        let Some(mut stage) = self.stage.take() else {
+            return Ok(());
+        };
+        let shared = self.shared;
+        let (epoch, first, now) = (stage.epoch, stage.first, shared.clock.now_ns());
+        stage.arrived_ns = now;
+        {
+            let mut memory = shared.memory.lock();
+            memory.outputs.released(EpochId(begin.released.get()));
+            if memory.outputs.push(epoch, &stage.outputs).is_err() {
+                drop(memory);
+                shared.give_stage(stage);
+                return Err(bad(epoch, "brings more unreleased outputs than may be"));
+            }
+            memory.received.committed(&stage.rx_given, now);
+        }
+        if first {
+            // Memory and disks are in sync before this is said (rule 22, step 2).
+            shared.ready(stage);
+            if !shared.wait_applied(epoch) {
+                return Err(LinkError::Closed.into());
+            }
+            shared.staged.store(epoch.0, Ordering::Release);
+            self.first = false;
+        } else {
+            shared.staged.store(epoch.0, Ordering::Release);
+            shared.ready(stage);
+        }
+        shared.backward.ack(shared.me(), epoch, shared.progress())?;
+        if first {
+            let generation = shared.primary().generation;
+            shared.events.confirmed(epoch, generation);
+        }
+        Ok(())
+    }
+
+    fn between(&mut self, header: &Header) -> Result<(), ShadowError> {
+        if self.stage.is_some() {
+            return Err(body_error(header.kind, "inside an epoch"));
+        }
+        self.read_scratch(header)?;
+        match header.kind {
+            FrameKind::Received => {
+                let known =
+                    |kind, unit: u8| kind == RecordKind::Received && usize::from(unit) < MAX_NICS;
+                if !are_records(&self.scratch, known) {
+                    return Err(body_error(header.kind, "not received frames"));
+                }
+                let now = self.shared.clock.now_ns();
+                let mut memory = self.shared.memory.lock();
+                for record in Records::new(&self.scratch).map_while(Result::ok) {
+                    memory
+                        .received
+                        .push(record.unit, record.at, now, record.payload);
+                }
+            }
+            FrameKind::Question => {
+                let nonce: Nonce =
+                    stream::body(header.kind, &self.scratch).map_err(LinkError::from)?;
+                let shared = self.shared;
+                shared.backward.answer(shared.me(), self.staged(), nonce)?;
+            }
+            _ => {
+                let generation = header.session.generation;
+                let before = self
+                    .shared
+                    .generation
+                    .fetch_max(generation.0, Ordering::AcqRel);
+                if Generation(before) < generation {
+                    self.shared.events.granted(generation);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn body_error(kind: FrameKind, what: &'static str) -> ShadowError {
+    LinkError::from(FrameError::Body { kind, what }).into()
+}
+
+fn is_disk(kind: RecordKind, _unit: u8) -> bool {
+    matches!(kind, RecordKind::DiskWrite | RecordKind::DiskFlush)
+}
+
+fn is_output(kind: RecordKind, unit: u8) -> bool {
+    match kind {
+        RecordKind::Frame => usize::from(unit) < MAX_NICS,
+        RecordKind::Console | RecordKind::PowerOff | RecordKind::Reset | RecordKind::Crash => true,
+        _ => false,
+    }
+}
+
+/// Pages of a payload's runs, each of them RAM.
+fn check_runs(ram: &[RamRegion], epoch: EpochId, payload: &[u8]) -> Result<u64, ShadowError> {
+    let mut pages = 0u64;
+    for run in Runs::new(payload) {
+        let run = run.map_err(LinkError::from)?;
+        if !in_ram(ram, run.first, run.pages) {
+            return Err(bad(epoch, "has pages outside the guest's memory"));
+        }
+        pages = pages.saturating_add(run.pages);
+    }
+    Ok(pages)
+}
+
+impl Shared {
+    /// Waits until `epoch` is applied; false when applying failed.
+    fn wait_applied(&self, epoch: EpochId) -> bool {
+        let mut stages = self.stages.lock();
+        while self.applied.load(Ordering::Acquire) < epoch.0 {
+            if stages.failed.is_some() {
+                return false;
+            }
+            self.changed.wait(&mut stages);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_runs_wholly_in_one_region_are_ram() {
+        let ram = [
+            RamRegion { start: 0, pages: 8 },
+            RamRegion {
+                start: 16,
+                pages: 8,
+            },
+        ];
+        assert!(in_ram(&ram, 0, 8));
+        assert!(in_ram(&ram, 20, 4));
+        assert!(!in_ram(&ram, 7, 2));
+        assert!(!in_ram(&ram, 8, 1));
+        assert!(!in_ram(&ram, 23, 2));
+        assert!(!in_ram(&ram, u64::MAX, 2));
+    }
+}

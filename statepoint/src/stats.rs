@@ -1,0 +1,187 @@
+//! Where the time goes: counters and histograms that cost a few atomic additions an epoch.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Buckets per power of two.
+const SUB: u32 = 8;
+const BUCKETS: usize = 64 * SUB as usize;
+
+/// Values in buckets an eighth of a power of two wide: percentiles within 12.5 %.
+pub struct Histogram {
+    buckets: Box<[AtomicU64]>,
+    max: AtomicU64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Histogram {
+            buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
+            max: AtomicU64::new(0),
+        }
+    }
+}
+
+impl std::fmt::Debug for Histogram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.summary())
+    }
+}
+
+fn bucket(value: u64) -> usize {
+    if value < u64::from(SUB) {
+        return value as usize;
+    }
+    let log = value.ilog2();
+    let sub = (value >> (log - SUB.ilog2())) & u64::from(SUB - 1);
+    ((log - SUB.ilog2() + 1) * SUB) as usize + sub as usize
+}
+
+/// Largest value of a bucket.
+fn upper(bucket: usize) -> u64 {
+    let (row, sub) = (bucket as u32 / SUB, bucket as u64 % u64::from(SUB));
+    if row == 0 {
+        return sub;
+    }
+    let shift = row - 1;
+    ((u64::from(SUB) + sub + 1) << shift) - 1
+}
+
+impl Histogram {
+    /// Counts one value.
+    pub fn record(&self, value: u64) {
+        if let Some(bucket) = self.buckets.get(bucket(value)) {
+            bucket.fetch_add(1, Ordering::Relaxed);
+        }
+        self.max.fetch_max(value, Ordering::Relaxed);
+    }
+
+    /// What has been counted so far.
+    pub fn summary(&self) -> Summary {
+        let counts: Vec<u64> = self
+            .buckets
+            .iter()
+            .map(|b| b.load(Ordering::Relaxed))
+            .collect();
+        let count: u64 = counts.iter().sum();
+        let max = self.max.load(Ordering::Relaxed);
+        let percentile = |percent: u64| {
+            let rank = (count * percent).div_ceil(100).max(1);
+            let mut seen = 0;
+            let at = counts.iter().position(|n| {
+                seen += n;
+                seen >= rank
+            });
+            at.map_or(0, |at| upper(at).min(max))
+        };
+        Summary {
+            count,
+            p50: percentile(50),
+            p99: percentile(99),
+            max,
+        }
+    }
+}
+
+/// A histogram, read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Values counted.
+    pub count: u64,
+    /// Median.
+    pub p50: u64,
+    /// 99th percentile.
+    pub p99: u64,
+    /// Largest.
+    pub max: u64,
+}
+
+/// What the primary's engine counts.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// First kick to resume, nanoseconds.
+    pub pause: Histogram,
+    /// Dirty pages per epoch.
+    pub pages: Histogram,
+    /// Writing an epoch to the link, nanoseconds.
+    pub ship: Histogram,
+    /// From the resume to the acknowledgement, nanoseconds.
+    pub commit: Histogram,
+    /// Bytes shipped.
+    pub bytes: AtomicU64,
+    /// Captures that failed and were undone (I6).
+    pub failed_captures: AtomicU64,
+    /// Times an acknowledgement's permission expired (rule 24).
+    pub expired: AtomicU64,
+    /// Epochs larger than their slot.
+    pub spilled: AtomicU64,
+    /// Received frames not forwarded for lack of room.
+    pub received_dropped: AtomicU64,
+}
+
+/// [`Counters`], read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// First kick to resume, nanoseconds.
+    pub pause_ns: Summary,
+    /// Dirty pages per epoch.
+    pub pages: Summary,
+    /// Writing an epoch to the link, nanoseconds.
+    pub ship_ns: Summary,
+    /// From the resume to the acknowledgement, nanoseconds.
+    pub commit_ns: Summary,
+    /// Bytes shipped.
+    pub bytes: u64,
+    /// Captures that failed and were undone.
+    pub failed_captures: u64,
+    /// Times an acknowledgement's permission expired.
+    pub expired: u64,
+    /// Epochs larger than their slot.
+    pub spilled: u64,
+    /// Received frames not forwarded for lack of room.
+    pub received_dropped: u64,
+}
+
+impl Counters {
+    /// Reads everything.
+    pub fn snapshot(&self) -> Snapshot {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Snapshot {
+            pause_ns: self.pause.summary(),
+            pages: self.pages.summary(),
+            ship_ns: self.ship.summary(),
+            commit_ns: self.commit.summary(),
+            bytes: get(&self.bytes),
+            failed_captures: get(&self.failed_captures),
+            expired: get(&self.expired),
+            spilled: get(&self.spilled),
+            received_dropped: get(&self.received_dropped),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn percentiles_of_a_known_series() {
+        let histogram = Histogram::default();
+        (1..=1000).for_each(|v| histogram.record(v));
+        let s = histogram.summary();
+        assert_eq!((s.count, s.max), (1000, 1000));
+        assert!((500..=563).contains(&s.p50), "{s:?}");
+        assert!((990..=1000).contains(&s.p99), "{s:?}");
+        assert_eq!(Histogram::default().summary(), Summary::default());
+    }
+
+    proptest! {
+        #[test]
+        fn a_value_is_in_its_bucket(value: u64) {
+            let at = bucket(value);
+            prop_assert!(at < BUCKETS);
+            prop_assert!(value <= upper(at));
+            prop_assert!(at == 0 || value > upper(at - 1));
+        }
+    }
+}
