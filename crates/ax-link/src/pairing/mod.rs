@@ -1,1 +1,116 @@
-//! WIP
+//! How two hosts, or a host and a witness, come to trust each other.
+//!
+//! One side makes an [`Offer`] and shows its [`Token`] once; a person carries it to the other
+//! side, which calls [`join`]. The token holds the first side's addresses, its certificate's
+//! fingerprint, and a random secret. The joining side connects by TLS 1.3, takes exactly the
+//! certificate with that fingerprint, and only then sends the secret: so each knows that the
+//! other is who the person meant, and each stores the other's certificate.
+//!
+//! An offer ends at its first right secret, after three wrong ones, or when its time is over.
+//! Both certificates are stored or, when either side cannot, neither is.
+
+mod join;
+mod offer;
+mod token;
+
+pub use join::join;
+pub use offer::Offer;
+pub use token::{Token, TokenError};
+
+use crate::{Fingerprint, HostName, LinkError};
+
+/// Version of the dialogue; a different one is refused by name.
+const VERSION: u16 = 1;
+
+/// A peer just paired with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paired {
+    /// Its name.
+    pub name: HostName,
+    /// Its certificate's fingerprint.
+    pub fingerprint: Fingerprint,
+}
+
+/// Why a pairing did not come about, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum PairError {
+    /// The token is not one.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// Nobody offers at the token's addresses.
+    #[error(
+        "nobody answers for this token ({}); it may have been used or have expired, or a firewall is in the way: make a new one with `axd pair` on the other host, and use it while that command runs",
+        attempts.join("; ")
+    )]
+    NobodyOffers {
+        /// One entry per address.
+        attempts: Vec<String>,
+    },
+    /// The offering side says no.
+    #[error("the other side refused: {0}")]
+    Refused(String),
+    /// The token's time is over and nobody used it.
+    #[error("the token expired unused; make a new one with `axd pair`")]
+    Expired,
+    /// Somebody tried wrong secrets.
+    #[error(
+        "{0} wrong secrets were tried, so the token is void; if that was not you, find out who can reach this port, then make a new token with `axd pair`"
+    )]
+    TooManyTries(u32),
+    /// The other side went away in the middle.
+    #[error(
+        "{peer} went away before it had stored this host's certificate; nothing was kept here: make a new token and try again"
+    )]
+    Unfinished {
+        /// Who joined.
+        peer: HostName,
+    },
+    /// Both have the same name.
+    #[error(
+        "both sides are called {0}; give one another name in its configuration (and remove its identity directory), then pair again"
+    )]
+    SameName(HostName),
+    /// An address that nobody can dial.
+    #[error("{0} is no address that the other host can reach; name one of this host's addresses")]
+    Unspecified(std::net::SocketAddr),
+    /// The link's own errors.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+}
+
+/// The joining side's one question.
+#[derive(bincode::Encode, bincode::Decode)]
+struct Request {
+    version: u16,
+    secret: [u8; token::SECRET],
+    name: String,
+}
+
+/// The offering side's answer.
+#[derive(bincode::Encode, bincode::Decode)]
+enum Reply {
+    Paired { name: String },
+    Refused { reason: String },
+}
+
+/// The joining side has stored the certificate.
+const STORED: &[u8] = b"stored";
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<4096>()
+}
+
+fn encode(value: &impl bincode::Encode) -> Result<Vec<u8>, LinkError> {
+    bincode::encode_to_vec(value, config()).map_err(|e| LinkError::System {
+        what: "encode a pairing message",
+        source: std::io::Error::other(e),
+    })
+}
+
+/// `None` for anything but exactly one value.
+fn decode<T: bincode::Decode<()>>(bytes: &[u8]) -> Option<T> {
+    match bincode::decode_from_slice(bytes, config()) {
+        Ok((value, used)) if used == bytes.len() => Some(value),
+        _ => None,
+    }
+}
