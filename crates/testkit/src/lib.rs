@@ -3,7 +3,8 @@
 //! A test of AX reads like a story with four places in it. [`net::Lab`] builds them: two
 //! hosts `a` and `b`, a `witness` and a `client`, each a network, process and mount namespace
 //! of its own, joined by a business network and by dedicated links whose cables can be cut.
-//! [`product`] builds and starts the real programs there; [`client`] are the oracles that stand
+//! [`product`] builds and starts the real programs there, [`site::Site`] sets up a whole pair
+//! with its witness as a customer would; [`client`] are the oracles that stand
 //! outside and notice a lost, doubled or reordered answer; [`net::Host::kill_all`] is the power
 //! plug. [`cable`] is a slower way through user space, for faults no real cable has: delay,
 //! corruption, truncation, one direction silent.
@@ -16,6 +17,7 @@ pub mod client;
 pub mod kvm;
 pub mod net;
 pub mod product;
+pub mod site;
 pub mod skip;
 
 use std::io;

@@ -25,9 +25,22 @@ pub struct Product {
     pub ax_vmm: PathBuf,
 }
 
+static PROFILE: OnceLock<String> = OnceLock::new();
+
+/// From now on [`Product::get`] builds in this cargo profile instead of the running program's
+/// own.
+///
+/// # Errors
+/// When another one has been chosen already.
+pub fn use_profile(profile: &str) -> Result<()> {
+    PROFILE
+        .set(profile.into())
+        .map_err(|_| Error::Product("the product's build profile is chosen already".into()))
+}
+
 impl Product {
-    /// The programs as built from this workspace in the running program's own profile; builds
-    /// them first, once per process. `AX_PRODUCT_DIR` names a folder to take them from instead.
+    /// The programs as built from this workspace in the running program's own profile (or that
+    /// of [`use_profile`]); builds them first, once per process. `AX_PRODUCT_DIR` names a folder to take them from instead.
     ///
     /// # Errors
     /// What cargo said, or the program that is missing.
@@ -43,7 +56,11 @@ impl Product {
         if let Some(dir) = std::env::var_os("AX_PRODUCT_DIR") {
             return Product::within(Path::new(&dir));
         }
-        let dir = profile_dir()?;
+        let own = profile_dir()?;
+        let dir = match PROFILE.get().map(String::as_str) {
+            None => own,
+            Some(profile) => own.with_file_name(if profile == "dev" { "debug" } else { profile }),
+        };
         build(&dir)?;
         Product::within(&dir)
     }

@@ -1,3 +1,96 @@
-//! xtask
+//! The two commands of the README, and the benches.
+//!
+//! - `cargo xtask demo`: a fault-tolerant pair, a client, a dead host ([`demo`])
+//! - `cargo xtask test`: every test, and by name those that could not run here ([`test`])
+//! - `cargo xtask bench`: the benches, in their own profile
+//!
+//! They set up what they need themselves: as root directly, as an ordinary user in namespaces
+//! of their own.
 
-fn main() {}
+mod demo;
+mod summary;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Exit status when this machine cannot do what was asked: no usable KVM, no namespaces.
+const NOT_HERE: u8 = 3;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, about, long_about = None)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Two hosts, a witness, a client; one host dies. Tells the story and sums it up.
+    ///
+    /// Exits 0 when nobody outside could tell, 1 when somebody could or something failed, 3 when
+    /// this machine has no usable KVM.
+    Demo(demo::Options),
+    /// Run every test; list by name those that could not run here.
+    Test(test::Options),
+    /// Run the benches (takes minutes; arguments go to them).
+    Bench {
+        /// Passed on to `cargo bench`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+/// Why a task failed.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    /// This machine cannot do it.
+    #[error("{0}")]
+    NotHere(String),
+    /// It failed.
+    #[error("{0}")]
+    Failed(String),
+    /// The test equipment failed.
+    #[error(transparent)]
+    Testkit(#[from] testkit::Error),
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    let done = match Cli::parse().task {
+        Task::Demo(options) => demo::run(&options),
+        Task::Test(options) => test::run(&options),
+        Task::Bench { args } => test::bench(&args),
+    };
+    match done {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {}", chain(&e));
+            match e {
+                Error::NotHere(_) | Error::Testkit(testkit::Error::NoNamespaces { .. }) => {
+                    NOT_HERE.into()
+                }
+                Error::Failed(_) | Error::Testkit(_) => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+/// An error and what caused it, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        let said = e.to_string();
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        cause = e.source();
+    }
+    text
+}

@@ -30,6 +30,20 @@ pub use samples::{Gap, Percentiles, Samples};
 use crate::net::NetNs;
 use crate::{Error, Result, panic_text};
 
+/// Ports of the probe guest's services.
+pub mod port {
+    /// Echo, UDP and TCP.
+    pub const ECHO: u16 = 7;
+    /// RESP, TCP.
+    pub const RESP: u16 = 6379;
+    /// Ledger, TCP.
+    pub const LEDGER: u16 = 7000;
+    /// Control, TCP.
+    pub const CONTROL: u16 = 7001;
+    /// Nonces, UDP.
+    pub const NONCE: u16 = 7002;
+}
+
 /// What must be zero.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {

@@ -38,13 +38,25 @@ pub fn privileged() -> bool {
     *ANSWER.get_or_init(|| super::NetNs::new("probe").is_ok())
 }
 
+/// Whether this process was started by [`command`].
+pub fn inside() -> bool {
+    std::env::var_os(INSIDE_VAR).is_some()
+}
+
 /// For [`require_lab!`](crate::require_lab): goes on here if this process may make test hosts,
-/// otherwise runs the calling libtest test in a child process that may.
+/// otherwise runs the calling libtest test in a child process that may. Taps need `/dev/net/tun`
+/// either way.
 pub fn enter_test() -> Entered {
+    let tun = "/dev/net/tun";
+    if let Err(e) = std::fs::OpenOptions::new().read(true).write(true).open(tun) {
+        return Entered::Unavailable(format!(
+            "cannot open {tun}: {e}; load the module tun, and let this user open it (mode 0666)"
+        ));
+    }
     if privileged() {
         return Entered::Here;
     }
-    if std::env::var_os(INSIDE_VAR).is_some() {
+    if inside() {
         return Entered::Unavailable("not even inside a user namespace".into());
     }
     let test = crate::skip::test_name();

@@ -1,0 +1,462 @@
+//! A site as a customer has it: two hosts with axd, paired, and a witness; set up with the
+//! product's own commands, in a [`Lab`].
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::net::{Host, Lab, LabSpec, addr};
+use crate::product::{Daemon, Product};
+use crate::{Error, Result};
+
+/// Where axd listens for the other axd.
+pub const AXD_PORT: u16 = 7430;
+/// Where the witness listens.
+pub const WITNESS_PORT: u16 = 7431;
+/// How long a daemon may take to say that it is ready.
+const READY: Duration = Duration::from_secs(20);
+
+/// What a [`Site`] is to be like.
+#[derive(Debug, Clone)]
+pub struct SiteSpec {
+    /// The networks.
+    pub lab: LabSpec,
+    /// Mutual TLS on the link (the default), or plain.
+    pub mtls: bool,
+    /// A witness, or an operator as arbiter.
+    pub witness: bool,
+    /// More lines for the top of both hosts' axd.toml.
+    pub extra: String,
+}
+
+impl Default for SiteSpec {
+    fn default() -> Self {
+        SiteSpec {
+            lab: LabSpec::default(),
+            mtls: true,
+            witness: true,
+            extra: String::new(),
+        }
+    }
+}
+
+/// One of the two hosts of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Host a.
+    A,
+    /// Host b.
+    B,
+}
+
+impl Side {
+    /// The other one.
+    pub fn other(self) -> Side {
+        match self {
+            Side::A => Side::B,
+            Side::B => Side::A,
+        }
+    }
+
+    /// The host's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Side::A => "a",
+            Side::B => "b",
+        }
+    }
+
+    /// The side whose host has this name.
+    pub fn named(name: &str) -> Option<Side> {
+        [Side::A, Side::B].into_iter().find(|s| s.name() == name)
+    }
+}
+
+/// Two hosts and a witness at work. Dropping it ends everything.
+#[derive(Debug)]
+pub struct Site {
+    witness: Option<Daemon>,
+    axd: [Option<Daemon>; 2],
+    /// The hosts and networks.
+    pub lab: Lab,
+    product: &'static Product,
+    spec: SiteSpec,
+    dir: TempDir,
+}
+
+impl Site {
+    /// Builds the product and the laboratory, starts the witness, exchanges keys, starts both
+    /// axd and waits until they see each other.
+    ///
+    /// # Errors
+    /// What of that failed, with the log of the program at fault.
+    pub fn new(spec: SiteSpec) -> Result<Site> {
+        let product = Product::get()?;
+        let lab = Lab::new(spec.lab)?;
+        let dir = tempfile::Builder::new()
+            .prefix("ax")
+            .tempdir()
+            .map_err(Error::os("make a folder for the site"))?;
+        let mut site = Site {
+            witness: None,
+            axd: [None, None],
+            lab,
+            product,
+            spec,
+            dir,
+        };
+        for side in [Side::A, Side::B] {
+            site.make_dir(&site.data_dir(side))?;
+            let config = site.config_text(side);
+            site.write(&site.config(side), &config)?;
+        }
+        if site.spec.witness {
+            site.make_dir(&site.dir.path().join("w"))?;
+            let text = format!(
+                "name = \"witness\"\ndata_dir = {:?}\nlisten = \"0.0.0.0:{WITNESS_PORT}\"\n\
+                 security = \"{}\"\n",
+                site.dir.path().join("w"),
+                site.security()
+            );
+            site.write(&site.witness_config(), &text)?;
+        }
+        if site.spec.mtls {
+            site.pair()?;
+        }
+        site.start_witness()?;
+        site.start_axd(Side::A)?;
+        site.start_axd(Side::B)?;
+        Ok(site)
+    }
+
+    /// The folder everything of this site is in: one folder per host and all logs.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Keeps the folder after the site is gone, for a look at the logs, and says where it is.
+    pub fn keep_dir(&mut self) -> PathBuf {
+        self.dir.disable_cleanup(true);
+        self.dir.path().to_path_buf()
+    }
+
+    /// The host of a side.
+    pub fn host(&self, side: Side) -> &Host {
+        match side {
+            Side::A => &self.lab.a,
+            Side::B => &self.lab.b,
+        }
+    }
+
+    /// Where a side's axd keeps everything.
+    pub fn data_dir(&self, side: Side) -> PathBuf {
+        self.dir.path().join(side.name())
+    }
+
+    /// A side's axd.toml.
+    pub fn config(&self, side: Side) -> PathBuf {
+        self.dir.path().join(format!("{}.toml", side.name()))
+    }
+
+    /// The witness's configuration.
+    pub fn witness_config(&self) -> PathBuf {
+        self.dir.path().join("w.toml")
+    }
+
+    /// A side's running axd.
+    pub fn axd(&mut self, side: Side) -> Option<&mut Daemon> {
+        self.axd[side as usize].as_mut()
+    }
+
+    /// The running witness.
+    pub fn witness(&mut self) -> Option<&mut Daemon> {
+        self.witness.as_mut()
+    }
+
+    /// Starts a side's axd, anew if one ran before, and waits until it takes orders.
+    ///
+    /// # Errors
+    /// When it does not become ready; with its log.
+    pub fn start_axd(&mut self, side: Side) -> Result<()> {
+        let slot = &mut self.axd[side as usize];
+        drop(slot.take());
+        let config = self.config(side);
+        let args = ["--config".as_ref(), config.as_os_str()];
+        let mut daemon = Daemon::on(self.host(side), &self.product.axd, args, self.dir.path())?;
+        let deadline = Instant::now() + READY;
+        while !self
+            .axvm(side)
+            .arg("version")
+            .output()
+            .is_ok_and(|o| o.status.success())
+        {
+            if daemon.exit_status()?.is_some() || Instant::now() > deadline {
+                return Err(Error::NotReady {
+                    program: format!("axd on host {}", side.name()),
+                    wanted: "an answer to axvm version".into(),
+                    seconds: READY.as_secs(),
+                    log: daemon.log(),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.axd[side as usize] = Some(daemon);
+        Ok(())
+    }
+
+    /// Starts the witness, anew if one ran before; nothing to do for a site without.
+    ///
+    /// # Errors
+    /// When it does not listen in time; with its log.
+    pub fn start_witness(&mut self) -> Result<()> {
+        if !self.spec.witness {
+            return Ok(());
+        }
+        drop(self.witness.take());
+        let config = self.witness_config();
+        let args = ["witness".as_ref(), "--config".as_ref(), config.as_os_str()];
+        let mut daemon = Daemon::on(&self.lab.witness, &self.product.axd, args, self.dir.path())?;
+        let target = (addr::WITNESS, WITNESS_PORT).into();
+        let deadline = Instant::now() + READY;
+        let answers =
+            || std::net::TcpStream::connect_timeout(&target, Duration::from_millis(200)).is_ok();
+        while !self.lab.client.run(answers)? {
+            if daemon.exit_status()?.is_some() || Instant::now() > deadline {
+                return Err(Error::NotReady {
+                    program: "axd witness".into(),
+                    wanted: format!("an open port {WITNESS_PORT}"),
+                    seconds: READY.as_secs(),
+                    log: daemon.log(),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.witness = Some(daemon);
+        Ok(())
+    }
+
+    /// `axvm` on a side's host, talking to that side's axd; arguments are to be added.
+    pub fn axvm(&self, side: Side) -> Command {
+        let mut command = self.host(side).command(&self.product.axvm);
+        command
+            .arg("--socket")
+            .arg(self.socket(side))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs `axvm` and returns what it printed.
+    ///
+    /// # Errors
+    /// When it fails; with its standard error.
+    pub fn run_axvm(&self, side: Side, args: &[&str]) -> Result<String> {
+        let mut command = self.axvm(side);
+        let output = command.args(args).output().map_err(Error::os("run axvm"))?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Err(self.failed(&format!("axvm {}", args.join(" ")), &output))
+    }
+
+    /// What `axvm -o json show` says of a VM.
+    ///
+    /// # Errors
+    /// When axvm fails, or its answer is no JSON.
+    pub fn show(&self, side: Side, vm: &str) -> Result<Value> {
+        let text = self.run_axvm(side, &["-o", "json", "show", vm])?;
+        serde_json::from_str(&text)
+            .map_err(|e| Error::Product(format!("axvm -o json show printed no JSON ({e}): {text}")))
+    }
+
+    /// The side whose host runs a VM, if any does.
+    ///
+    /// # Errors
+    /// When axvm fails.
+    pub fn primary(&self, ask: Side, vm: &str) -> Result<Option<Side>> {
+        Ok(self.show(ask, vm)?["primary"]
+            .as_str()
+            .and_then(Side::named))
+    }
+
+    /// Every log there is, each under its name, for a message about a failure.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        collect_logs(self.dir.path(), &mut text);
+        text
+    }
+
+    fn failed(&self, what: &str, output: &Output) -> Error {
+        Error::Product(format!(
+            "{what}: {}\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        ))
+    }
+
+    fn socket(&self, side: Side) -> PathBuf {
+        self.dir.path().join(format!("{}.sock", side.name()))
+    }
+
+    fn security(&self) -> &'static str {
+        if self.spec.mtls { "mtls" } else { "plain" }
+    }
+
+    fn config_text(&self, side: Side) -> String {
+        let (peer_ip, peer_link) = match side {
+            Side::A => (addr::B, addr::link_b as fn(u8) -> _),
+            Side::B => (addr::A, addr::link_a as fn(u8) -> _),
+        };
+        let own_link: fn(u8) -> _ = match side {
+            Side::A => addr::link_a,
+            Side::B => addr::link_b,
+        };
+        let links = 0..self.spec.lab.links;
+        let mut peer = vec![format!("{peer_ip}:{AXD_PORT}")];
+        peer.extend(
+            links
+                .clone()
+                .map(|n| format!("{}:{AXD_PORT}", peer_link(n))),
+        );
+        let own: Vec<String> = links.map(|n| own_link(n).to_string()).collect();
+        let mut text = format!(
+            "name = {:?}\ndata_dir = {:?}\nsocket = {:?}\nlisten = \"0.0.0.0:{AXD_PORT}\"\n\
+             security = {:?}\n{}\n\
+             [peer]\nname = {:?}\naddresses = {peer:?}\n\n[link]\naddresses = {own:?}\n",
+            side.name(),
+            self.data_dir(side),
+            self.socket(side),
+            self.security(),
+            self.spec.extra,
+            side.other().name(),
+        );
+        if self.spec.witness {
+            text.push_str(&format!(
+                "\n[witness]\nname = \"witness\"\naddresses = [\"{}:{WITNESS_PORT}\"]\n",
+                addr::WITNESS
+            ));
+        }
+        text
+    }
+
+    fn make_dir(&self, path: &Path) -> Result<()> {
+        fs::create_dir_all(path).map_err(Error::os(format!("make {}", path.display())))
+    }
+
+    fn write(&self, path: &Path, text: &str) -> Result<()> {
+        fs::write(path, text).map_err(Error::os(format!("write {}", path.display())))
+    }
+
+    /// Keys between a and b, and of each with the witness, by `axd pair`.
+    fn pair(&self) -> Result<()> {
+        let (a, b) = (self.config(Side::A), self.config(Side::B));
+        self.exchange((&self.lab.a, &a), (&self.lab.b, &b))?;
+        if self.spec.witness {
+            let w = self.witness_config();
+            self.exchange((&self.lab.witness, &w), (&self.lab.a, &a))?;
+            self.exchange((&self.lab.witness, &w), (&self.lab.b, &b))?;
+        }
+        Ok(())
+    }
+
+    /// One side prints a one-time token, the other uses it.
+    fn exchange(&self, listener: (&Host, &Path), user: (&Host, &Path)) -> Result<()> {
+        let pair = |(_, config): (&Host, &Path)| {
+            [
+                "pair".into(),
+                "--config".into(),
+                config.as_os_str().to_os_string(),
+            ]
+        };
+        let log = self
+            .dir
+            .path()
+            .join(format!("pair-{}-{}.log", listener.0.name(), user.0.name()));
+        let mut command = listener.0.command(&self.product.axd);
+        command.args(pair(listener));
+        let mut waiting = Daemon::start("axd pair", command, log)?;
+        let deadline = Instant::now() + READY;
+        let token = loop {
+            let ended = waiting.exit_status()?.is_some();
+            if let Some(token) = token_in(&waiting.log()) {
+                break token;
+            }
+            if ended || Instant::now() > deadline {
+                return Err(Error::NotReady {
+                    program: format!("axd pair on host {}", listener.0.name()),
+                    wanted: "a token".into(),
+                    seconds: READY.as_secs(),
+                    log: waiting.log(),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut command = user.0.command(&self.product.axd);
+        command
+            .args(pair(user))
+            .arg("--token")
+            .arg(&token)
+            .stdin(Stdio::null());
+        let output = command.output().map_err(Error::os("run axd pair"))?;
+        if !output.status.success() {
+            return Err(self.failed(&format!("axd pair on host {}", user.0.name()), &output));
+        }
+        loop {
+            match waiting.exit_status()? {
+                Some(status) if status.success() => return Ok(()),
+                Some(_) => {
+                    return Err(Error::Product(format!(
+                        "axd pair on host {} failed:\n{}",
+                        listener.0.name(),
+                        waiting.log()
+                    )));
+                }
+                None if Instant::now() > deadline => {
+                    return Err(Error::NotReady {
+                        program: format!("axd pair on host {}", listener.0.name()),
+                        wanted: "its end".into(),
+                        seconds: READY.as_secs(),
+                        log: waiting.log(),
+                    });
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+}
+
+/// The token in what the listening `axd pair` prints: the last word of its line.
+fn token_in(log: &str) -> Option<String> {
+    let line = log
+        .lines()
+        .find(|l| l.contains("--token") || l.starts_with("token"))?;
+    // The line may still be on its way.
+    log.contains(&format!("{line}\n")).then_some(())?;
+    Some(line.split_ascii_whitespace().last()?.to_string())
+}
+
+fn collect_logs(dir: &Path, text: &mut String) {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return;
+    };
+    let mut paths: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+    paths.sort();
+    for path in paths {
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if path.is_dir() {
+            collect_logs(&path, text);
+        } else if name.ends_with(".log") || name == "log" {
+            let bytes = fs::read(&path).unwrap_or_default();
+            text.push_str(&format!("--- {} ---\n", path.display()));
+            text.push_str(&String::from_utf8_lossy(&bytes));
+        }
+    }
+}
