@@ -2,6 +2,7 @@
 //! product's own commands, in a [`Lab`].
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -17,6 +18,8 @@ use crate::{Error, Result};
 pub const AXD_PORT: u16 = 7430;
 /// Where the witness listens.
 pub const WITNESS_PORT: u16 = 7431;
+/// Where a side waits for the other for the time of pairing.
+const PAIRING_PORT: u16 = 7432;
 /// How long a daemon may take to say that it is ready.
 const READY: Duration = Duration::from_secs(20);
 
@@ -354,17 +357,24 @@ impl Site {
     /// Keys between a and b, and of each with the witness, by `axd pair`.
     fn pair(&self) -> Result<()> {
         let (a, b) = (self.config(Side::A), self.config(Side::B));
-        self.exchange((&self.lab.a, &a), (&self.lab.b, &b))?;
+        let at = |ip| SocketAddr::from((ip, PAIRING_PORT));
+        self.exchange((&self.lab.a, &a), at(addr::A), (&self.lab.b, &b))?;
         if self.spec.witness {
             let w = self.witness_config();
-            self.exchange((&self.lab.witness, &w), (&self.lab.a, &a))?;
-            self.exchange((&self.lab.witness, &w), (&self.lab.b, &b))?;
+            let at = at(addr::WITNESS);
+            self.exchange((&self.lab.witness, &w), at, (&self.lab.a, &a))?;
+            self.exchange((&self.lab.witness, &w), at, (&self.lab.b, &b))?;
         }
         Ok(())
     }
 
     /// One side prints a one-time token, the other uses it.
-    fn exchange(&self, listener: (&Host, &Path), user: (&Host, &Path)) -> Result<()> {
+    fn exchange(
+        &self,
+        listener: (&Host, &Path),
+        at: SocketAddr,
+        user: (&Host, &Path),
+    ) -> Result<()> {
         let pair = |(_, config): (&Host, &Path)| {
             [
                 "pair".into(),
@@ -377,7 +387,10 @@ impl Site {
             .path()
             .join(format!("pair-{}-{}.log", listener.0.name(), user.0.name()));
         let mut command = listener.0.command(&self.product.axd);
-        command.args(pair(listener));
+        command
+            .args(pair(listener))
+            .arg("--listen")
+            .arg(at.to_string());
         let mut waiting = Daemon::start("axd pair", command, log)?;
         let deadline = Instant::now() + READY;
         let token = loop {
@@ -429,14 +442,11 @@ impl Site {
     }
 }
 
-/// The token in what the listening `axd pair` prints: the last word of its line.
+/// The token in what the listening `axd pair` prints, once it is there whole.
 fn token_in(log: &str) -> Option<String> {
-    let line = log
-        .lines()
-        .find(|l| l.contains("--token") || l.starts_with("token"))?;
-    // The line may still be on its way.
-    log.contains(&format!("{line}\n")).then_some(())?;
-    Some(line.split_ascii_whitespace().last()?.to_string())
+    let at = log.find("axpair-")?;
+    let (token, _) = log[at..].split_once(char::is_whitespace)?;
+    Some(token.to_string())
 }
 
 fn collect_logs(dir: &Path, text: &mut String) {
@@ -458,5 +468,21 @@ fn collect_logs(dir: &Path, text: &mut String) {
             text.push_str(&format!("--- {} ---\n", path.display()));
             text.push_str(&String::from_utf8_lossy(&bytes));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_taken_only_when_it_is_there_whole() {
+        assert_eq!(token_in("waiting\n"), None);
+        assert_eq!(
+            token_in("On the other host: axd pair --token axpair-abc"),
+            None
+        );
+        let whole = "On the other host: axd pair --token axpair-abcd\nThe token is good once";
+        assert_eq!(token_in(whole).as_deref(), Some("axpair-abcd"));
     }
 }
