@@ -148,10 +148,12 @@ pub enum Request {
         /// Its name.
         name: String,
     },
-    /// Turn this connection into its console.
+    /// Turn this connection into its console, wherever its primary is.
     Console {
         /// Its name.
         name: String,
+        /// First byte wanted, counted from the guest's first (rule 8); none: what is remembered.
+        from: Option<u64>,
     },
     /// Planned failover (rule 25).
     Failover {
@@ -366,11 +368,7 @@ impl VmReport {
         let healthy = match state {
             State::Protected | State::Unprotected | State::Paused | State::Ending => true,
             State::Stopped => !vm.autostart,
-            State::Starting
-            | State::Syncing
-            | State::Alone
-            | State::Held
-            | State::Unknown => false,
+            State::Starting | State::Syncing | State::Alone | State::Held | State::Unknown => false,
         };
         VmReport {
             state,
@@ -482,7 +480,11 @@ pub enum Reply {
         vm: Box<VmReport>,
     },
     /// To [`Request::Console`]: raw bytes follow.
-    Console,
+    Console {
+        /// Offset of the next byte in the guest's whole console stream. A reader that counts on and
+        /// asks again from there after a failover sees each byte once.
+        offset: u64,
+    },
     /// Not done.
     Failed {
         /// What kind of failure.

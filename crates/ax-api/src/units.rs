@@ -72,7 +72,9 @@ pub struct Mac(pub [u8; 6]);
 
 /// A text that is no unicast hardware address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no unicast MAC address: write six pairs of hexadecimal digits, as in 52:54:00:12:34:56")]
+#[error(
+    "`{0}` is no unicast MAC address: write six pairs of hexadecimal digits, as in 52:54:00:12:34:56"
+)]
 pub struct BadMac(String);
 
 impl std::str::FromStr for Mac {

@@ -1,0 +1,109 @@
+use super::*;
+
+const GOOD: &str = r#"name = "alpha"
+data_dir = "/var/lib/axd"
+listen = "0.0.0.0:7430"
+peer = { name = "beta", addresses = ["10.0.0.2:7430"] }
+link = { addresses = ["10.99.0.1"] }
+witness = { name = "w", addresses = ["10.0.0.3:7431"] }
+"#;
+
+fn read(text: &str) -> Result<Config, String> {
+    parse(text, Path::new("axd.toml"), 7430).map_err(|e| e.to_string())
+}
+
+#[test]
+fn the_shipped_example_is_good() {
+    let text = include_str!("../dist/axd.toml");
+    let config = read(text).unwrap();
+    assert!(config.mtls && config.peer.is_some());
+}
+
+#[test]
+fn defaults_are_the_documented_ones() {
+    let config = read(GOOD).unwrap();
+    assert_eq!(config.timing, Timing::default());
+    assert_eq!(config.socket, PathBuf::from("/run/axd/axd.sock"));
+    assert!(config.mtls);
+    assert_eq!(config.side(), Side::A);
+    assert_eq!(
+        config.security(),
+        Security::Mtls {
+            dir: "/var/lib/axd".into()
+        }
+    );
+    let alone = read("name = \"alpha\"\ndata_dir = \"/d\"\nsecurity = \"plain\"").unwrap();
+    assert_eq!(alone.arbiter, Arbiter::Manual);
+    assert_eq!(alone.security(), Security::Plain);
+    assert!(alone.peer.is_none() && alone.link.is_empty());
+}
+
+/// Every bad configuration is refused with the place and the thing named.
+#[test]
+fn bad_configurations_name_place_and_cure() {
+    let cases: &[(&str, &[&str])] = &[
+        ("", &["name"]),
+        ("name = \"alpha\"", &["data_dir"]),
+        ("name = \"alpha\"\ndata_dir = \"d\"", &[":2:", "absolute"]),
+        ("name = \"Al pha\"\ndata_dir = \"/d\"", &[":1:", "a-z"]),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\ncolour = 1",
+            &["line 3", "colour"],
+        ),
+        ("name = alpha", &["line 1"]),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nlisten = \"nowhere\"",
+            &["line 3", "address"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nlisten = []",
+            &["listen"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nsecurity = \"none\"",
+            &["line 3", "mtls", "plain"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\npeer = { name = \"beta\", addresses = [\"1.1.1.1:1\"] }",
+            &["link"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nlink = { addresses = [\"10.0.0.1\"] }\npeer = { name = \"alpha\", addresses = [\"1.1.1.1:1\"] }",
+            &[":4:", "differ"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nlink = { addresses = [\"10.0.0.1\"] }\npeer = { name = \"beta\", addresses = [] }",
+            &[":4:", "peer.addresses"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nlink = { addresses = [\"0.0.0.0\"] }",
+            &[":3:", "link.addresses"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\n\nheartbeat_ms = 0",
+            &[":4:", "heartbeat_ms"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nheartbeat_ms = 50\ndetect_ms = 100",
+            &[":4:", "detect_ms = 150"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\ndetect_ms = -1",
+            &["line 3"],
+        ),
+        (
+            "name = \"alpha\"\ndata_dir = \"/d\"\nsocket = \"x\"",
+            &[":3:", "socket"],
+        ),
+    ];
+    for (text, wanted) in cases {
+        let error = read(text).unwrap_err();
+        for word in *wanted {
+            assert!(error.contains(word), "{text:?} gave {error:?}, no {word:?}");
+        }
+    }
+    let long = format!("name = \"alpha\"\ndata_dir = \"/{}\"", "d".repeat(60));
+    assert!(read(&long).unwrap_err().contains("too long"));
+    let twins = GOOD.replace("name = \"w\"", "name = \"beta\"");
+    assert!(read(&twins).unwrap_err().contains("third"));
+}

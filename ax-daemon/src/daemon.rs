@@ -1,0 +1,366 @@
+//! What one host's axd knows and holds, and the way of one request through it.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ax_api::host::{Code, PeerReport, ProcessReport, Reply, Request, VmReport};
+use ax_api::process::{Role, Spec, Start};
+use ax_api::vm::{Mode, Vm};
+use ax_wire::{Incarnation, PairId};
+use parking_lot::Mutex;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+
+use crate::config::Config;
+use crate::events::Events;
+use crate::failure::Failure;
+use crate::peer::PeerLink;
+use crate::process::{Places, Process};
+use crate::store::Store;
+
+/// Runs remembered as gone, per pair.
+const GONE_REMEMBERED: usize = 8;
+
+/// Where lines that are not the last go.
+#[derive(Clone)]
+pub struct Tell(pub UnboundedSender<Reply>);
+
+impl Tell {
+    /// Says what is being done.
+    pub fn progress(&self, text: impl Into<String>) {
+        self.bytes(text, None);
+    }
+
+    /// Says what is being done, and how far it is in (done, total) bytes.
+    pub fn bytes(&self, text: impl Into<String>, bytes: Option<(u64, u64)>) {
+        // Whoever asked may have gone away; what was asked for is done all the same.
+        let _ = self.0.send(Reply::Progress {
+            text: text.into(),
+            done: bytes.map(|b| b.0),
+            total: bytes.map(|b| b.1),
+        });
+    }
+}
+
+/// Who asks: a user here, or the other host on behalf of a user there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A user of this host: what concerns the other host is forwarded.
+    User,
+    /// The other host: answered from here alone.
+    Peer,
+}
+
+/// One host's axd.
+pub struct Daemon {
+    /// Its configuration.
+    pub config: Config,
+    /// The definitions.
+    pub store: Store,
+    /// What happened here.
+    pub events: Events,
+    /// The way to the other host; none without one.
+    pub peer: Option<Arc<PeerLink>>,
+    /// The `ax-vmm` program.
+    pub program: PathBuf,
+    processes: Mutex<BTreeMap<String, Arc<Process>>>,
+    gone: Mutex<HashMap<PairId, VecDeque<Incarnation>>>,
+    operations: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
+    /// Images made for a start that is not settled yet, by (VM, operation).
+    pub(crate) made: Mutex<HashMap<(String, u64), Vec<PathBuf>>>,
+}
+
+impl Daemon {
+    /// An axd that holds no process yet.
+    pub fn new(
+        config: Config,
+        store: Store,
+        events: Events,
+        peer: Option<Arc<PeerLink>>,
+        program: PathBuf,
+    ) -> Arc<Daemon> {
+        Arc::new(Daemon {
+            config,
+            store,
+            events,
+            peer,
+            program,
+            processes: Mutex::default(),
+            gone: Mutex::default(),
+            operations: Mutex::default(),
+            made: Mutex::default(),
+        })
+    }
+
+    /// The process of a VM on this host.
+    pub fn process(&self, name: &str) -> Option<Arc<Process>> {
+        self.processes.lock().get(name).cloned()
+    }
+
+    /// All processes on this host.
+    pub fn processes(&self) -> Vec<Arc<Process>> {
+        self.processes.lock().values().cloned().collect()
+    }
+
+    /// Takes a process into its keeping.
+    pub fn hold(&self, process: Arc<Process>) {
+        self.processes.lock().insert(process.name.clone(), process);
+    }
+
+    /// Lets go of a process that has ended.
+    pub fn let_go(&self, process: &Arc<Process>) {
+        let mut processes = self.processes.lock();
+        if processes
+            .get(&process.name)
+            .is_some_and(|held| Arc::ptr_eq(held, process))
+        {
+            processes.remove(&process.name);
+            Places::of(&self.config, &process.name).clean_up();
+        }
+        drop(processes);
+        let mut gone = self.gone.lock();
+        let runs = gone.entry(process.pair).or_default();
+        runs.push_back(process.incarnation);
+        if runs.len() > GONE_REMEMBERED {
+            runs.pop_front();
+        }
+    }
+
+    /// Runs of the pair on this host that are certainly over.
+    pub fn gone(&self, pair: PairId) -> Vec<Incarnation> {
+        let gone = self.gone.lock();
+        gone.get(&pair)
+            .map(|g| g.iter().copied().collect())
+            .unwrap_or_default()
+    }
+
+    /// Claims a VM for one operation at a time.
+    ///
+    /// # Errors
+    /// Another one is under way.
+    pub fn claim(&self, name: &str) -> Result<OwnedMutexGuard<()>, Failure> {
+        let lock = self
+            .operations
+            .lock()
+            .entry(name.to_owned())
+            .or_default()
+            .clone();
+        lock.try_lock_owned().map_err(|_| {
+            Failure::new(
+                Code::State,
+                format!(
+                    "another operation on {name} is under way on host {}",
+                    self.config.name
+                ),
+            )
+        })
+    }
+
+    /// The specification of a VM's process on this host.
+    pub fn spec(&self, vm: &Vm, start: Start) -> Spec {
+        let places = Places::of(&self.config, &vm.name);
+        let mut vm = vm.clone();
+        for disk in &mut vm.disks {
+            disk.path = self.config.image_path(&disk.path);
+        }
+        Spec {
+            vm,
+            start,
+            host: self.config.name.clone(),
+            peer: self.config.peer.as_ref().map(|p| p.name.clone()),
+            control: places.control,
+            state_dir: places.dir.join("state"),
+            link: self.config.link.clone(),
+            security: self.config.security(),
+            arbiter: self.config.arbiter.clone(),
+            timing: self.config.timing,
+        }
+    }
+
+    /// Starts a process of a VM here and keeps it. The caller has claimed the VM.
+    ///
+    /// # Errors
+    /// One runs already, or it could not start; nothing is left.
+    pub async fn spawn(self: &Arc<Self>, vm: &Vm, start: Start) -> Result<Arc<Process>, Failure> {
+        if let Some(process) = self.process(&vm.name) {
+            return Err(Failure::new(
+                Code::State,
+                format!("{} has a process already (pid {})", vm.name, process.pid),
+            ));
+        }
+        let places = Places::of(&self.config, &vm.name);
+        let process = Process::spawn(&self.program, &self.spec(vm, start), &places).await;
+        match process {
+            Ok(process) => {
+                let process = Arc::new(process);
+                self.hold(process.clone());
+                self.supervise(process.clone());
+                Ok(process)
+            }
+            Err(failure) => {
+                places.clean_up();
+                Err(failure)
+            }
+        }
+    }
+
+    /// The peer, or why there is none.
+    ///
+    /// # Errors
+    /// This host has none.
+    pub fn peer(&self) -> Result<&Arc<PeerLink>, Failure> {
+        self.peer.as_ref().ok_or_else(|| {
+            Failure::new(
+                Code::Peer,
+                format!(
+                    "host {} has no peer: add [peer] and link to axd.toml, or use --mode none",
+                    self.config.name
+                ),
+            )
+        })
+    }
+
+    /// What the processes on this host say.
+    pub async fn reports(&self) -> Vec<ProcessReport> {
+        // All at once: one that does not answer costs its patience only once.
+        let asked: Vec<_> = self
+            .processes()
+            .into_iter()
+            .map(|process| {
+                let host = self.config.name.clone();
+                tokio::spawn(async move { process.report(&host).await })
+            })
+            .collect();
+        let mut reports = Vec::with_capacity(asked.len());
+        for report in asked {
+            reports.extend(report.await);
+        }
+        reports
+    }
+
+    /// What the processes on both hosts say, and how the other host is.
+    pub async fn reports_of_both(&self, asker: Asker) -> (Vec<ProcessReport>, Option<PeerReport>) {
+        let peer = match (asker, &self.peer) {
+            (Asker::User, Some(peer)) => peer,
+            _ => return (self.reports().await, None),
+        };
+        let (mut reports, theirs) = tokio::join!(self.reports(), peer.processes());
+        let mut report = PeerReport {
+            host: peer.name().to_owned(),
+            reachable: true,
+            why: String::new(),
+        };
+        match theirs {
+            Ok(theirs) => reports.extend(theirs),
+            Err(failure) => {
+                report.reachable = false;
+                report.why = failure.why;
+            }
+        }
+        (reports, Some(report))
+    }
+
+    /// One VM over both hosts.
+    ///
+    /// # Errors
+    /// There is no such VM.
+    pub async fn show(&self, name: &str, asker: Asker) -> Result<VmReport, Failure> {
+        let vm = self.store.vm(name)?;
+        let (reports, peer) = self.reports_of_both(asker).await;
+        let silent = peer.filter(|p| !p.reachable).map(|p| p.host);
+        Ok(sum_up(vm, &reports, silent.as_deref()))
+    }
+
+    /// The role and process of a VM on this host, if it answers.
+    pub async fn local_role(&self, name: &str) -> Option<(Arc<Process>, Option<Role>)> {
+        let process = self.process(name)?;
+        let role = process.status().await.map(|s| s.role);
+        Some((process, role))
+    }
+
+    /// Does what is asked. Lines that are not the last go through `tell`.
+    pub async fn answer(self: &Arc<Self>, request: Request, asker: Asker, tell: &Tell) -> Reply {
+        match self.try_answer(request, asker, tell).await {
+            Ok(reply) => reply,
+            Err(failure) => failure.into_reply(),
+        }
+    }
+
+    async fn try_answer(
+        self: &Arc<Self>,
+        request: Request,
+        asker: Asker,
+        tell: &Tell,
+    ) -> Result<Reply, Failure> {
+        let done = |text: String| Ok(Reply::Done { text });
+        match request {
+            Request::Version => Ok(Reply::Version {
+                host: self.config.name.clone(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                peer: match (&self.peer, asker) {
+                    (Some(peer), Asker::User) => Some(peer.hello().await),
+                    _ => None,
+                },
+            }),
+            Request::List => {
+                let (reports, peer) = self.reports_of_both(asker).await;
+                let silent = peer.as_ref().filter(|p| !p.reachable).map(|p| &*p.host);
+                let vms = self.store.vms().into_iter();
+                let vms = vms.map(|vm| sum_up(vm, &reports, silent)).collect();
+                Ok(Reply::Vms { vms, peer })
+            }
+            Request::Show { name } => Ok(Reply::Vm {
+                vm: Box::new(self.show(&name, asker).await?),
+            }),
+            Request::Define { vm } => {
+                self.define(&vm, tell).await?;
+                Ok(Reply::Vm {
+                    vm: Box::new(self.show(&vm.name, asker).await?),
+                })
+            }
+            Request::Undefine { name } => done(self.undefine(&name).await?),
+            Request::Autostart { name, on } => done(self.autostart(&name, on).await?),
+            Request::Start {
+                name,
+                define,
+                wait,
+                alone_ok,
+            } => done(
+                self.start(&name, define.as_deref(), wait, alone_ok, tell)
+                    .await?,
+            ),
+            Request::Stop { name, force: false } => done(self.stop(&name, asker, tell).await?),
+            Request::Stop { name, force: true } => done(self.stop_by_force(&name, asker).await?),
+            Request::Kill { name, host } => done(self.kill(&name, host, asker).await?),
+            Request::Events {
+                vm,
+                follow,
+                both_hosts,
+            } => {
+                let both = both_hosts && asker == Asker::User;
+                self.tell_events(vm, follow, both, tell).await?;
+                done(String::new())
+            }
+            Request::Console { .. } => Err(Failure::new(
+                Code::Failed,
+                "a console needs a connection of its own",
+            )),
+            Request::Resume {
+                ref name,
+                peer_is_dead: true,
+            } => done(self.peer_is_dead(name, &request, asker, tell).await?),
+            Request::Reboot { .. }
+            | Request::Pause { .. }
+            | Request::Resume { .. }
+            | Request::Failover { .. } => done(self.order_primary(request, asker, tell).await?),
+        }
+    }
+}
+
+fn sum_up(vm: Vm, reports: &[ProcessReport], silent: Option<&str>) -> VmReport {
+    let pair = vm.pair.to_string();
+    let mine = reports.iter().filter(|r| r.pair == pair).cloned().collect();
+    let silent = silent.filter(|_| vm.mode != Mode::None);
+    VmReport::sum_up(vm, mine, silent)
+}

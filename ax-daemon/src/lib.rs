@@ -1,0 +1,44 @@
+//! axd: one per host, the control plane of AX.
+//!
+//! It keeps the definitions of VMs, starts and watches their processes, and talks with axvm and with
+//! the other host's axd. It is not on any guest's path: guests are `ax-vmm` processes of their
+//! own, with their own connections to each other and to the arbiter, and go on when axd is killed,
+//! stopped or upgraded. The next axd finds them again.
+//!
+//! ```text
+//!   axvm --unix socket--> server -> daemon -> start / ops -> process --control socket--> ax-vmm
+//!                                     |                        ^
+//!                                     v                        | spawned, watched (supervise)
+//!              other axd <--link--> peer / server           ax-vmm
+//! ```
+//!
+//! - [`config`]: `axd.toml`. [`define`], [`store`]: definitions, kept the same on both hosts by [`sync`].
+//! - [`process`], [`control`]: one `ax-vmm`, and how to talk to it. [`supervise`]: its events, its end,
+//!   and finding it again. [`journal`], [`images`]: what a start leaves on disk.
+//! - [`daemon`]: what an axd holds, and the way of a request. [`start`]: all or nothing. [`ops`]: the rest.
+//!   [`console`], [`events`], [`autostart`].
+//! - [`server`], [`peer`]: where requests come in, and go out to the other host.
+//! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
+
+pub mod autostart;
+pub mod config;
+pub mod console;
+pub mod control;
+pub mod daemon;
+pub mod define;
+pub mod events;
+pub mod failure;
+pub mod images;
+pub mod journal;
+pub mod ops;
+pub mod pair;
+pub mod peer;
+pub mod process;
+pub mod run;
+pub mod selfcheck;
+pub mod server;
+pub mod start;
+pub mod store;
+pub mod supervise;
+pub mod sync;
+pub mod witness;

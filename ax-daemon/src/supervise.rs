@@ -1,0 +1,230 @@
+//! Keeping watch over processes: their events, their end, and those an earlier axd left.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ax_api::host::{HostWhat, PeerRequest, Reply};
+use ax_api::process::{Event, Phase, Request, Role, What};
+use ax_wire::Generation;
+
+use crate::control::{self, Connection};
+use crate::daemon::Daemon;
+use crate::failure::Failure;
+use crate::process::{Places, Process};
+
+/// How long, and how often, the other host is asked to end what is left of a lost pair.
+const FENCE_TRIES: u32 = 60;
+const FENCE_EVERY: Duration = Duration::from_millis(500);
+
+impl Daemon {
+    /// Watches a process to its end.
+    pub fn supervise(self: &Arc<Self>, process: Arc<Process>) {
+        let daemon = self.clone();
+        let listening = tokio::spawn(daemon.listen(process.clone()));
+        let daemon = self.clone();
+        tokio::spawn(async move {
+            let how = process.wait().await;
+            // Its last events may still be in the socket.
+            let clean = match tokio::time::timeout(Duration::from_secs(1), listening).await {
+                Ok(Ok(clean)) => clean,
+                _ => false,
+            };
+            if clean {
+                daemon.mark_stopped(&process.name);
+            }
+            daemon.let_go(&process);
+            let what = HostWhat::Exited {
+                incarnation: process.incarnation,
+                how: how.to_string(),
+            };
+            let now = crate::events::now_ms();
+            daemon.events.record(Some(&process.name), now, what);
+        });
+    }
+
+    /// Records what a process tells until it ends; whether it said it was stopped cleanly.
+    async fn listen(self: Arc<Self>, process: Arc<Process>) -> bool {
+        let mut lost = false;
+        let mut clean = false;
+        while process.exited().is_none() {
+            let since = self.events.last_of(process.incarnation).saturating_add(1);
+            let heard = async {
+                let mut connection = Connection::open(&process.control).await?;
+                let subscribe = Request::Subscribe { since };
+                control::write_line(&mut connection.to, &subscribe).await?;
+                while let Some(event) = control::read_line(&mut connection.from).await? {
+                    self.heard(&process, event, &mut lost, &mut clean);
+                }
+                Ok::<(), std::io::Error>(())
+            };
+            if let Err(e) = heard.await {
+                tracing::debug!("events of {}: {e}", process.name);
+            }
+            tokio::select! {
+                _ = process.wait() => {}
+                () = tokio::time::sleep(Duration::from_millis(100)) => {}
+            }
+        }
+        clean
+    }
+
+    fn heard(
+        self: &Arc<Self>,
+        process: &Arc<Process>,
+        event: Event,
+        lost: &mut bool,
+        clean: &mut bool,
+    ) {
+        match &event.what {
+            What::PeerLost { .. } => *lost = true,
+            What::Phase {
+                role: Role::Primary,
+                phase: Phase::Alone,
+                generation,
+            } if *lost => {
+                *lost = false;
+                tokio::spawn(self.clone().fence(process.clone(), *generation));
+            }
+            What::Ended { clean: true, .. } => *clean = true,
+            _ => {}
+        }
+        let what = HostWhat::Process {
+            incarnation: process.incarnation,
+            seq: event.seq,
+            event: event.what,
+        };
+        self.events.record(Some(&process.name), event.at_ms, what);
+    }
+
+    /// Rule 24: has the other host end, and confirm the end of, what is left there of the pair,
+    /// and tells the process that now runs alone.
+    async fn fence(self: Arc<Self>, process: Arc<Process>, generation: Generation) {
+        let Some(peer) = &self.peer else { return };
+        for _ in 0..FENCE_TRIES {
+            if process.exited().is_some() {
+                return;
+            }
+            let request = PeerRequest::Fence {
+                pair: process.pair.to_string(),
+                generation,
+            };
+            match peer.call(request).await {
+                Ok(Reply::Gone { incarnations }) => {
+                    for incarnation in incarnations {
+                        let gone = Request::PeerGone { incarnation };
+                        // It may not care any more.
+                        let _ = control::order(&process.control, &gone, control::PATIENCE).await;
+                    }
+                    self.events.note(
+                        Some(&process.name),
+                        format!("host {} confirms that the old process is gone", peer.name()),
+                    );
+                    return;
+                }
+                Ok(_) => return,
+                Err(_) => tokio::time::sleep(FENCE_EVERY).await,
+            }
+        }
+    }
+
+    /// Rule 24, the asked side: SIGKILL to processes of the pair under a generation before `before`,
+    /// waited for. A shadow that waits for a primary is of the coming pair, not of the old one.
+    pub async fn end_older(&self, pair: &str, before: Generation) -> Vec<ax_wire::Incarnation> {
+        for process in self.processes() {
+            if process.pair.to_string() != pair {
+                continue;
+            }
+            let keep = process.status().await.is_some_and(|s| {
+                s.generation >= before
+                    || (s.role == Role::Shadow
+                        && before != Generation(u64::MAX)
+                        && matches!(s.phase, Phase::Starting | Phase::Waiting))
+            });
+            if !keep {
+                process.kill_and_wait().await;
+                self.let_go(&process);
+                self.events.note(
+                    Some(&process.name),
+                    format!(
+                        "ended its process {}: fenced by the other host",
+                        process.pid
+                    ),
+                );
+            }
+        }
+        match pair.parse() {
+            Ok(pair) => self.gone(pair),
+            Err(_) => vec![],
+        }
+    }
+
+    /// Finds the processes an earlier axd started, takes them over, and ends what was half-started.
+    pub async fn adopt(self: &Arc<Self>) -> Result<(), Failure> {
+        let run = self.config.run_dir();
+        std::fs::create_dir_all(&run)
+            .map_err(|e| Failure::io(format!("making {}", run.display()), &e))?;
+        let entries = std::fs::read_dir(&run)
+            .map_err(|e| Failure::io(format!("reading {}", run.display()), &e))?;
+        let names: std::collections::BTreeSet<String> = entries
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let stem = name.strip_suffix(".json").or(name.strip_suffix(".sock"))?;
+                crate::config::check_name(stem).ok()?;
+                Some(stem.to_owned())
+            })
+            .collect();
+        for name in names {
+            let places = Places::of(&self.config, &name);
+            let Some(process) = Process::adopt(&places).await else {
+                continue;
+            };
+            let process = Arc::new(process);
+            self.hold(process.clone());
+            self.supervise(process.clone());
+            if self.is_half_started(&process).await {
+                process.kill_and_wait().await;
+                self.let_go(&process);
+                self.events.note(
+                    Some(&name),
+                    "its start was cut short by the end of axd; ended what was left of it",
+                );
+            } else {
+                self.events.note(
+                    Some(&name),
+                    format!("found again: process {} goes on", process.pid),
+                );
+            }
+            self.journal(&name).end();
+        }
+        self.end_strays();
+        Ok(())
+    }
+
+    /// A start that axd did not live to see through: the guest never was as protected as it should be.
+    async fn is_half_started(&self, process: &Process) -> bool {
+        if !self.journal(&process.name).is_open() {
+            return false;
+        }
+        match process.status().await.map(|s| s.phase) {
+            Some(Phase::Protected | Phase::Unprotected | Phase::Paused) => false,
+            Some(Phase::Syncing { .. }) if process.start == ax_api::process::Start::Shadow => false,
+            _ => true,
+        }
+    }
+
+    /// Ends processes that run one of this axd's specifications and that nobody wrote down: axd ended
+    /// between starting them and doing so.
+    fn end_strays(&self) {
+        let vms = self.config.data_dir.join("vms");
+        let held: Vec<i32> = self.processes().iter().map(|p| p.pid).collect();
+        for (pid, spec) in crate::process::running_specs(&vms) {
+            if !held.contains(&pid) && crate::process::kill_stray(pid, &spec) {
+                self.events.note(
+                    None,
+                    format!("ended stray process {pid} of {}", spec.display()),
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Keeping the two hosts' definitions the same, and knowing whether the other host is there.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ax_api::host::{PeerRequest, Reply};
+use ax_api::process::{Phase, Start};
+
+use crate::daemon::{Asker, Daemon, Tell};
+use crate::failure::Failure;
+
+/// How often the definitions are compared, which is also how soon a lost peer is noticed here. The
+/// guests' own heartbeats are another matter.
+const EVERY: Duration = Duration::from_secs(2);
+/// How long a shadow may wait for a primary that was announced and does not come.
+const ORPHAN: Duration = Duration::from_secs(60);
+
+impl Daemon {
+    /// Gives the other host this one's definitions and takes its newer ones.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub async fn share(self: &Arc<Self>) -> Result<(), Failure> {
+        let Some(peer) = &self.peer else {
+            return Ok(());
+        };
+        let definitions = self.store.all();
+        match peer.call(PeerRequest::Sync { definitions }).await? {
+            Reply::Synced { definitions } => self.take_definitions(definitions),
+            other => Err(peer.unexpected(&other)),
+        }
+    }
+
+    /// [`Daemon::share`], telling the user if it must wait.
+    pub async fn share_now(self: &Arc<Self>, tell: &Tell) {
+        if let Err(failure) = self.share().await {
+            tell.progress(format!("the other host will learn of it: {failure}"));
+        }
+    }
+
+    /// [`Daemon::share`], without waiting for it.
+    pub fn sync_soon(self: &Arc<Self>) {
+        let daemon = self.clone();
+        tokio::spawn(async move { daemon.share().await });
+    }
+
+    /// Goes on sharing definitions, and notes when the other host comes and goes.
+    pub async fn keep_in_touch(self: Arc<Self>) {
+        let mut there: Option<bool> = None;
+        loop {
+            if let Some(peer) = &self.peer {
+                let shared = self.share().await;
+                // A refused definition is no absence.
+                let now = !matches!(peer.state(), Some(Err(_)));
+                if there != Some(now) {
+                    match (&shared, now) {
+                        (_, true) => self
+                            .events
+                            .note(None, format!("host {} answers", peer.name())),
+                        (Err(failure), false) => self.events.note(None, failure.why.clone()),
+                        (Ok(()), false) => {}
+                    }
+                    there = Some(now);
+                } else if let (Err(failure), true) = (&shared, now) {
+                    tracing::warn!("definitions differ: {failure}");
+                }
+            }
+            self.end_orphans().await;
+            tokio::time::sleep(EVERY).await;
+        }
+    }
+
+    /// Ends a shadow whose start nobody saw through: the axd that wanted it is gone.
+    async fn end_orphans(self: &Arc<Self>) {
+        for process in self.processes() {
+            if process.start != Start::Shadow
+                || process.since.elapsed() < ORPHAN
+                || !self.journal(&process.name).is_open()
+            {
+                continue;
+            }
+            let Some(status) = process.status().await else {
+                continue;
+            };
+            if status.phase != Phase::Waiting {
+                // It serves a primary: the start went well and only the last word was lost.
+                self.journal(&process.name).end();
+                continue;
+            }
+            let started: Vec<u64> = {
+                let made = self.made.lock();
+                let mine = made.keys().filter(|(name, _)| *name == process.name);
+                mine.map(|(_, operation)| *operation).collect()
+            };
+            for operation in started {
+                self.undo_shadow(&process.name, operation).await;
+            }
+            process.kill_and_wait().await;
+            self.let_go(&process);
+            self.journal(&process.name).end();
+            self.events.note(
+                Some(&process.name),
+                "ended a shadow whose primary never came",
+            );
+        }
+    }
+
+    /// What the other host asks.
+    pub async fn answer_peer(self: &Arc<Self>, request: PeerRequest, tell: &Tell) -> Reply {
+        let done = || Reply::Done {
+            text: String::new(),
+        };
+        match request {
+            PeerRequest::Hello { host: _ } => Reply::Version {
+                host: self.config.name.clone(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                peer: None,
+            },
+            PeerRequest::Sync { definitions } => match self.take_definitions(definitions) {
+                Ok(()) => Reply::Synced {
+                    definitions: self.store.all(),
+                },
+                Err(failure) => failure.into_reply(),
+            },
+            PeerRequest::Processes => Reply::Processes {
+                processes: self.reports().await,
+            },
+            PeerRequest::SpawnShadow {
+                definition,
+                operation,
+            } => match self.spawn_shadow(definition, operation).await {
+                Ok(reply) => reply,
+                Err(failure) => failure.into_reply(),
+            },
+            PeerRequest::Undo { name, operation } => Reply::Done {
+                text: self.undo_shadow(&name, operation).await,
+            },
+            PeerRequest::Settle { name, operation } => {
+                self.settle(&name, operation);
+                done()
+            }
+            PeerRequest::Fence { pair, generation } => Reply::Gone {
+                incarnations: self.end_older(&pair, generation).await,
+            },
+            PeerRequest::Forward { request } => self.answer(request, Asker::Peer, tell).await,
+        }
+    }
+}
