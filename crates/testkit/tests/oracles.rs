@@ -84,7 +84,7 @@ fn fake_ledger(cheat: Cheat) -> SocketAddr {
                 Some(payload) => format!("{payload}\n"),
                 None => "ERR no such record\n".into(),
             }),
-            "TAIL" => Some(format!("{}\n", records.len() - 1)),
+            "TAIL" => Some(format!("{}\n", records.len())),
             _ => Some("ERR unknown\n".into()),
         }
     }))

@@ -1,9 +1,8 @@
 //! Appends to the ledger and reads every record back at the end.
 //!
 //! The service (port 7000 of the probe guest) answers each line with one line: `APPEND
-//! <payload>` with the record's number once it is durable, `READ <n>` with the payload, `TAIL`
-//! with the last record's number. An answer may begin with a word of status; the value is its
-//! last word. `ERR …` is a refusal.
+//! <payload>` with the record's number, from 0, once it is durable; `READ <n>` with the payload;
+//! `TAIL` with how many records there are. `ERR …` is a refusal.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -156,14 +155,11 @@ fn payload(spec: &LedgerSpec, serial: u64) -> String {
     format!("{}:{serial}", spec.run)
 }
 
-/// The last word of an answer.
 fn value(line: &str) -> io::Result<&str> {
     if line.starts_with("ERR") {
         return Err(bad(format!("the ledger refused: {line}")));
     }
-    line.split_ascii_whitespace()
-        .last()
-        .ok_or_else(|| bad("an empty answer"))
+    Ok(line)
 }
 
 fn number(line: &str) -> io::Result<u64> {
@@ -194,16 +190,16 @@ fn read_back(spec: &LedgerSpec, acknowledged: &Acknowledged) -> io::Result<BTree
         return Ok(found);
     };
     let mut peer = Conversation::connect(spec.target, spec.patience)?;
-    let tail = number(&peer.ask(b"TAIL\n")?)?.max(*last);
+    let tail = number(&peer.ask(b"TAIL\n")?)?.max(*last + 1);
     let mut next = *first;
-    while next <= tail {
-        let batch = next..=tail.min(next + PIPELINE - 1);
+    while next < tail {
+        let batch = next..tail.min(next + PIPELINE);
         let mut requests = String::new();
         for n in batch.clone() {
             requests.push_str(&format!("READ {n}\n"));
         }
         peer.send(requests.as_bytes())?;
-        next = *batch.end() + 1;
+        next = batch.end;
         for n in batch {
             found.insert(n, Record(value(&peer.line()?).ok().map(str::to_string)));
         }
