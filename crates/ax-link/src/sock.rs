@@ -35,9 +35,7 @@ pub(crate) fn tune(sock: &TcpStream) -> io::Result<()> {
 /// Poll's timeout until `deadline`, rounded up so that it never spins.
 pub(crate) fn poll_until(deadline: Instant) -> PollTimeout {
     let left = deadline.saturating_duration_since(Instant::now());
-    let millis = left
-        .as_millis()
-        .saturating_add(u128::from(left.subsec_nanos() % 1_000_000 != 0));
+    let millis = left.as_nanos().div_ceil(1_000_000);
     PollTimeout::try_from(i32::try_from(millis).unwrap_or(i32::MAX)).unwrap_or(PollTimeout::MAX)
 }
 

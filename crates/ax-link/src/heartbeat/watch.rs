@@ -377,7 +377,7 @@ impl Watch {
     /// The connection ended. An end by the peer without a word is its death; an error of the way
     /// (TLS, timeout, route) is not.
     fn ended(&mut self, error: &io::Error) {
-        self.wire = None;
+        let wire = self.wire.take();
         self.next_dial = boottime_ns();
         let input = match error.kind() {
             ErrorKind::UnexpectedEof
@@ -386,7 +386,15 @@ impl Watch {
             | ErrorKind::BrokenPipe => Input::Ended,
             _ => Input::Broken(error.to_string()),
         };
+        let broken = matches!(input, Input::Broken(_));
         self.input(input);
+        if let (true, Some(wire)) = (broken, wire) {
+            // A TLS alert is on its way: a reset must not overtake it and read as a death.
+            linger(
+                wire.stream.socket(),
+                Instant::now() + PARTING.min(self.detect / 10),
+            );
+        }
     }
 
     /// This side cannot read the connection: say so, so that the peer does not take its end for
@@ -395,7 +403,7 @@ impl Watch {
         self.input(Input::Broken(reason));
         let last = Beat::Broken(self.session_now());
         if let Some(wire) = self.wire.take() {
-            wire.part(&last, self.detect / 10);
+            wire.part(&last, PARTING.min(self.detect / 10));
         }
         self.next_dial = boottime_ns();
     }
@@ -425,7 +433,7 @@ impl Watch {
             return;
         };
         let limit = match self.detector.silence_due() {
-            Some(due) => Duration::from_nanos(due.saturating_sub(now)),
+            Some(due) => Duration::from_nanos(due.saturating_sub(now)).min(DIAL),
             None => DIAL,
         };
         let preamble = Preamble::of(Channel::Heartbeat, self.session_now());
