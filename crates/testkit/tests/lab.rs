@@ -10,9 +10,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use testkit::net::{Host, Lab, LabSpec, Toward, addr};
+use testkit::net::{Filter, FrameCable, Host, Lab, LabSpec, Shape, Toward, addr};
 use testkit::require_lab;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -113,6 +113,77 @@ fn cables_fail_as_asked_and_mend() {
     assert!(!arrives(&client, &a, 12, QUIET));
     lab.uplinks.a.mend().unwrap();
     assert!(arrives(&client, &a, 13, PATIENCE));
+}
+
+#[test]
+fn frames_through_user_space_fare_as_asked() {
+    require_lab!();
+    let lab = Lab::new(LabSpec {
+        links: 0,
+        ..LabSpec::default()
+    })
+    .unwrap();
+    let cable = FrameCable::lay(&lab.a, &lab.b, 0, 42).unwrap();
+    let a = socket(&lab.a, addr::link_a(0));
+    let b = socket(&lab.b, addr::link_b(0));
+    assert!(arrives(&a, &b, 1, PATIENCE));
+    assert!(arrives(&b, &a, 2, PATIENCE));
+
+    let delay = Duration::from_millis(40);
+    cable.set(
+        Toward::Second,
+        Shape {
+            delay,
+            ..Shape::default()
+        },
+    );
+    let began = Instant::now();
+    assert!(arrives(&a, &b, 3, PATIENCE));
+    assert!(began.elapsed() >= delay);
+
+    // One datagram, told by its bytes, is dropped; its neighbours pass.
+    let mark = 0x5ca1_ab1e_u32;
+    let filter: Filter = Box::new(move |f| !f.windows(4).any(|w| w == mark.to_le_bytes()));
+    cable.set(
+        Toward::Second,
+        Shape {
+            filter: Some(filter),
+            ..Shape::default()
+        },
+    );
+    assert!(arrives(&a, &b, 4, PATIENCE));
+    assert!(!arrives(&a, &b, mark, QUIET));
+    assert!(arrives(&a, &b, 5, PATIENCE));
+    assert!(
+        arrives(&b, &a, mark, PATIENCE),
+        "only one direction was filtered"
+    );
+
+    // Jitter reorders, repetition repeats, loss loses.
+    let shape = |loss_per_mille, repeat_per_mille| Shape {
+        jitter: Duration::from_millis(20),
+        loss_per_mille,
+        repeat_per_mille,
+        ..Shape::default()
+    };
+    cable.set(Toward::Second, shape(0, 1000));
+    let got = burst(&a, &b);
+    assert_eq!(got.len(), 200, "each of 100 twice");
+    assert!(!got.is_sorted());
+    cable.set(Toward::Second, shape(500, 0));
+    let got = burst(&a, &b);
+    assert!((1..100).contains(&got.len()), "{} of 100", got.len());
+}
+
+/// Sends 100 numbered datagrams and returns those that come, until none does.
+fn burst(from: &UdpSocket, to: &UdpSocket) -> Vec<u32> {
+    for number in 1000..1100u32 {
+        from.send_to(&number.to_le_bytes(), to.local_addr().unwrap())
+            .unwrap();
+    }
+    to.set_read_timeout(Some(QUIET)).unwrap();
+    let mut bytes = [0; 4];
+    std::iter::from_fn(|| to.recv(&mut bytes).ok().map(|_| u32::from_le_bytes(bytes))).collect()
 }
 
 #[test]

@@ -22,6 +22,7 @@
 //! own, which a process can only enter while it has one thread: see [`isolate`].
 
 mod cut;
+mod frames;
 mod host;
 mod init;
 pub mod isolate;
@@ -30,6 +31,7 @@ mod netlink;
 mod netns;
 
 pub use cut::{Cable, Toward};
+pub use frames::{Filter, FrameCable, Shape};
 pub use host::{Host, KillReport};
 pub use lab::{GUEST, Lab, LabSpec, addr};
 pub use netns::NetNs;

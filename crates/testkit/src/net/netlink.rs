@@ -1,10 +1,11 @@
 //! Changes to the network inside one namespace, by rtnetlink: no `ip` or `tc` tool is needed.
 
 use std::ffi::CString;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::future::Future;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 
 use futures_util::StreamExt;
 use rtnetlink::packet_core::{
@@ -161,9 +162,8 @@ nix::ioctl_write_int!(tun_set_iff, b'T', 202);
 nix::ioctl_write_int!(tun_set_persist, b'T', 203);
 nix::ioctl_write_int!(tun_set_owner, b'T', 204);
 
-/// A tap that stays when nobody has it open, owned by this user, so that a VMM attaches to it by
-/// name without privileges.
-pub(super) fn add_tap(ns: &NetNs, tap: &str) -> Result<()> {
+/// Attaches to tap `tap` in `ns`, which is made if it is not there. Reads do not block.
+pub(super) fn open_tap(ns: &NetNs, tap: &str) -> Result<File> {
     let name = CString::new(tap).map_err(|e| Error::os(format!("tap name {tap:?}"))(e.into()))?;
     if name.as_bytes_with_nul().len() > libc::IFNAMSIZ {
         return Err(Error::os(format!("tap name {tap:?}"))(
@@ -174,6 +174,7 @@ pub(super) fn add_tap(ns: &NetNs, tap: &str) -> Result<()> {
         let tun = OpenOptions::new()
             .read(true)
             .write(true)
+            .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")
             .map_err(Error::os("open /dev/net/tun for a tap"))?;
         // SAFETY: ifreq is plain old data; all zeroes is a value of it.
@@ -182,18 +183,27 @@ pub(super) fn add_tap(ns: &NetNs, tap: &str) -> Result<()> {
             *to = *from as libc::c_char;
         }
         ifreq.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
-        let fail = |what: &str| {
-            let what = format!("{}: {what} tap {tap}", ns.name());
-            move |e: nix::Error| Error::os(what)(e.into())
-        };
-        let fd = tun.as_raw_fd();
         // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call.
-        unsafe { tun_set_iff(fd, &raw mut ifreq as libc::c_ulong) }.map_err(fail("make"))?;
-        // SAFETY: TUNSETOWNER takes a uid by value.
-        unsafe { tun_set_owner(fd, nix::unistd::geteuid().as_raw().into()) }
-            .map_err(fail("own"))?;
-        // SAFETY: TUNSETPERSIST takes a flag by value.
-        unsafe { tun_set_persist(fd, 1) }.map_err(fail("keep"))?;
-        Ok(())
+        unsafe { tun_set_iff(tun.as_raw_fd(), &raw mut ifreq as libc::c_ulong) }
+            .map_err(tap_error(ns, tap, "make"))?;
+        Ok(tun)
     })?
+}
+
+fn tap_error(ns: &NetNs, tap: &str, what: &str) -> impl FnOnce(nix::Error) -> Error {
+    let what = format!("{}: {what} tap {tap}", ns.name());
+    move |e| Error::os(what)(e.into())
+}
+
+/// A tap that stays when nobody has it open, owned by this user, so that a VMM attaches to it by
+/// name without privileges.
+pub(super) fn add_tap(ns: &NetNs, tap: &str) -> Result<()> {
+    let tun = open_tap(ns, tap)?;
+    let fd = tun.as_raw_fd();
+    // SAFETY: TUNSETOWNER takes a uid by value.
+    unsafe { tun_set_owner(fd, nix::unistd::geteuid().as_raw().into()) }
+        .map_err(tap_error(ns, tap, "own"))?;
+    // SAFETY: TUNSETPERSIST takes a flag by value.
+    unsafe { tun_set_persist(fd, 1) }.map_err(tap_error(ns, tap, "keep"))?;
+    Ok(())
 }
