@@ -257,7 +257,8 @@ mod tests {
 
     #[test]
     fn readiness_is_waited_for() {
-        let (_dir, mut daemon) = shell("echo starting; sleep 0.05; echo ready >&2; sleep 1000");
+        let (_dir, mut daemon) =
+            shell("echo starting; sleep 0.05; echo ready >&2; exec sleep 1000");
         daemon.wait_for("ready", Duration::from_secs(20)).unwrap();
         assert_eq!(daemon.log(), "starting\nready\n");
         assert!(daemon.exit_status().unwrap().is_none());
