@@ -8,7 +8,7 @@ use crate::error::{Doing, Error, Result};
 
 /// Restored last: an armed deadline is compared with the TSC, which must be right by then.
 pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
-const EFER: u32 = 0xc000_0080;
+const STAR: u32 = 0xc000_0081;
 
 /// Registers that are not saved, as first..=last.
 const LEFT_OUT: &[(u32, u32)] = &[
@@ -60,8 +60,8 @@ pub(crate) fn probe(kvm: &Kvm, scratch: &VcpuFd) -> Result<Vec<u32>> {
         .into_iter()
         .partition(|msr| reads_and_writes_back(scratch, *msr));
     tracing::debug!(saved = works.len(), refused = ?refused, "model-specific registers");
-    if !works.contains(&EFER) {
-        return Err(Error::Missing("reading and writing MSR EFER"));
+    if !works.contains(&STAR) {
+        return Err(Error::Missing("reading and writing MSR STAR"));
     }
     let (last, mut msrs): (Vec<u32>, Vec<u32>) =
         works.into_iter().partition(|msr| *msr == TSC_DEADLINE);

@@ -127,7 +127,7 @@ fn run_until_parked(index: usize, fd: &mut VcpuFd, around: &Surroundings) {
 }
 
 fn exit_of(index: usize, fd: &mut VcpuFd) -> Exit {
-    let exit = match fd.run() {
+    match fd.run() {
         Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Exit::Io,
         Ok(VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)) => Exit::Mmio,
         Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => Exit::RingFull,
@@ -138,7 +138,7 @@ fn exit_of(index: usize, fd: &mut VcpuFd) -> Exit {
             tracing::error!(vcpu = index, "guest crashed: triple fault");
             Exit::Power(Power::Crash)
         }
-        Ok(VcpuExit::InternalError) => return internal_error(index, fd),
+        Ok(VcpuExit::InternalError) => internal_error(index, fd),
         Ok(other) => {
             tracing::error!(vcpu = index, exit = ?other, "guest crashed: KVM can't run it on");
             Exit::Power(Power::Crash)
@@ -149,8 +149,7 @@ fn exit_of(index: usize, fd: &mut VcpuFd) -> Exit {
             tracing::error!(vcpu = index, error = %e, "guest crashed: KVM_RUN failed");
             Exit::Power(Power::Crash)
         }
-    };
-    exit
+    }
 }
 
 /// Logs what KVM could not emulate.

@@ -86,7 +86,7 @@ fn check_and_zero(load: &Load<'_>, image: &mut Reader) -> Result<u64, BootError>
     let mut header = Elf64_Ehdr::default();
     read(image, header.as_mut_slice())?;
     // e_ident[4] = 2: 64-bit
-    if header.e_machine != EM_X86_64 as u16 || header.e_ident.get(4) != Some(&2) {
+    if header.e_machine != EM_X86_64 || header.e_ident.get(4) != Some(&2) {
         return Err(BootError::NotAKernel { path: image.path() });
     }
     if header.e_phnum == 0 || header.e_phnum > MAX_HEADERS {
@@ -98,7 +98,7 @@ fn check_and_zero(load: &Load<'_>, image: &mut Reader) -> Result<u64, BootError>
     for _ in 0..header.e_phnum {
         let mut segment = Elf64_Phdr::default();
         read(image, segment.as_mut_slice())?;
-        if segment.p_type != PT_LOAD as u32 || segment.p_memsz == 0 {
+        if segment.p_type != PT_LOAD || segment.p_memsz == 0 {
             continue;
         }
         let end = segment.p_paddr.checked_add(segment.p_memsz);
@@ -117,7 +117,7 @@ fn check_and_zero(load: &Load<'_>, image: &mut Reader) -> Result<u64, BootError>
 }
 
 fn zero(load: &Load<'_>, from: u64, to: u64) -> Result<(), BootError> {
-    const ZEROS: [u8; 65536] = [0; 65536];
+    static ZEROS: [u8; 65536] = [0; 65536];
     let mut at = from;
     while at < to {
         let len = (to - at).min(ZEROS.len() as u64);

@@ -29,6 +29,8 @@ struct Hot {
     quiet: u32,
     /// Harvest that last saw it.
     seen: u32,
+    /// Protected again, and about to be forgotten.
+    leaving: bool,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -67,28 +69,29 @@ impl HotSet {
         self.candidates.fill(Candidate::default());
     }
 
-    /// A harvest begins. Pages that were quiet long enough leave, so that it protects them again
-    /// (and reports them once more).
+    /// A harvest begins. Pages that were quiet long enough begin to leave: it protects them again,
+    /// compares them a last time, and the next one finds them gone unless they changed.
     pub(super) fn next_harvest(&mut self) {
         let (free, last) = (&mut self.free, self.harvest);
         self.hot.retain_mut(|h| {
             if h.seen != last {
                 h.quiet += 1; // still protected since it became hot, and not written
             }
-            let stays = h.quiet < COOL;
+            let stays = !h.leaving || h.quiet < COOL;
             if !stays {
                 free.push(h.copy);
             }
+            h.leaving = h.quiet >= COOL;
             stays
         });
         self.harvest = self.harvest.wrapping_add(1);
     }
 
-    /// Calls `each` with the hot pages in `from..to`.
+    /// Calls `each` with the pages in `from..to` that are not to be protected.
     pub(super) fn pages_within(&self, from: u64, to: u64, mut each: impl FnMut(u64)) {
         let start = self.hot.partition_point(|h| h.page < from);
         let inside = self.hot.iter().skip(start).take_while(|h| h.page < to);
-        inside.for_each(|h| each(h.page));
+        inside.filter(|h| !h.leaving).for_each(|h| each(h.page));
     }
 
     /// Whether to report a page found dirty: not when it is hot and as last reported.
@@ -156,6 +159,7 @@ impl HotSet {
                     copy_valid: true,
                     quiet: 0,
                     seen,
+                    leaving: false,
                 },
             );
         }
@@ -223,13 +227,29 @@ mod tests {
     }
 
     #[test]
-    fn a_quiet_page_cools_off_and_is_reported_once_more() {
+    fn a_quiet_page_cools_off_without_being_reported() {
         let (ram, mut hot) = heated(4, &[3]);
         for _ in 0..COOL {
             assert!(harvest(&mut hot, &ram, &[3], true).is_empty());
         }
-        assert_eq!(harvest(&mut hot, &ram, &[3], true), [3]);
+        assert_eq!(hot_pages(&hot), [3]);
+        assert!(harvest(&mut hot, &ram, &[3], true).is_empty()); // protected again
         assert!(hot_pages(&hot).is_empty());
+        assert!(harvest(&mut hot, &ram, &[], true).is_empty());
+        write(&ram, 3, 1);
+        assert_eq!(harvest(&mut hot, &ram, &[3], true), [3]);
+    }
+
+    #[test]
+    fn a_page_that_changes_while_leaving_is_reported_and_stays() {
+        let (ram, mut hot) = heated(4, &[3]);
+        for _ in 0..COOL {
+            assert!(harvest(&mut hot, &ram, &[3], true).is_empty());
+        }
+        write(&ram, 3, 1);
+        assert_eq!(harvest(&mut hot, &ram, &[3], true), [3]);
+        assert!(harvest(&mut hot, &ram, &[3], true).is_empty());
+        assert_eq!(hot_pages(&hot), [3]);
     }
 
     #[test]

@@ -1,0 +1,126 @@
+//! Kicking, parking, and what stops a guest as a whole.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::payload::{COUNTERS, DONE, Mode, TICKS};
+use common::{BITMAP, Collected, Random, booted, config, eventually, ram, word};
+use vmm::ports::Power;
+
+#[test]
+fn a_paused_guest_stands_still_and_a_resumed_one_goes_on() {
+    let caps = require_kvm!();
+    let outputs = Arc::default();
+    let mut machine = booted(&caps, &config(Mode::Count, 4, 0, BITMAP), &outputs);
+    machine.start().unwrap();
+    let mut random = Random(7);
+    for vcpu in 0..4 {
+        eventually("every vCPU counts", || {
+            word(&machine, COUNTERS + 64 * vcpu) > 0
+        });
+    }
+    for _ in 0..300 {
+        random.nap(300);
+        machine.pause().unwrap();
+        let before = ram(&machine);
+        std::thread::yield_now();
+        assert!(before == ram(&machine), "guest memory changed while paused");
+        machine.resume().unwrap();
+    }
+    for vcpu in 0..4 {
+        let before = word(&machine, COUNTERS + 64 * vcpu);
+        eventually("every vCPU goes on", || {
+            word(&machine, COUNTERS + 64 * vcpu) > before
+        });
+    }
+}
+
+#[test]
+fn halted_vcpus_are_kicked_and_woken_by_their_timers() {
+    let caps = require_kvm!();
+    let outputs = Arc::default();
+    let mut machine = booted(&caps, &config(Mode::Halt, 2, 0, BITMAP), &outputs);
+    machine.start().unwrap();
+    for _ in 0..100 {
+        machine.pause().unwrap();
+        machine.resume().unwrap();
+    }
+    for vcpu in 0..2 {
+        eventually("ticks go on", || word(&machine, TICKS + 64 * vcpu) > 20);
+        eventually("wake-ups go on", || {
+            word(&machine, COUNTERS + 64 * vcpu) > 20
+        });
+    }
+    assert!(outputs_quiet(&outputs));
+}
+
+fn outputs_quiet(outputs: &Arc<Collected>) -> bool {
+    outputs.console.lock().is_empty() && outputs.power.lock().is_empty()
+}
+
+#[test]
+fn power_off_stops_every_vcpu_once_and_survives_pauses() {
+    let caps = require_kvm!();
+    let outputs: Arc<Collected> = Arc::default();
+    let mut machine = booted(&caps, &config(Mode::PowerOff, 1, 0, BITMAP), &outputs);
+    machine.start().unwrap();
+    eventually("power off", || machine.power() == Some(Power::Off));
+    for _ in 0..3 {
+        machine.pause().unwrap();
+        machine.resume().unwrap();
+    }
+    machine.pause().unwrap();
+    assert_eq!(*outputs.power.lock(), [Power::Off]);
+    assert_eq!(
+        word(&machine, DONE),
+        0,
+        "the guest ran on after switching itself off"
+    );
+    // ... and so does a machine restored from there
+    let mut other = common::moved(
+        &caps,
+        &config(Mode::PowerOff, 1, 0, BITMAP),
+        &outputs,
+        &machine,
+    );
+    drop(machine);
+    other.start().unwrap();
+    other.pause().unwrap();
+    assert_eq!(other.power(), Some(Power::Off));
+    assert_eq!(word(&other, DONE), 0);
+}
+
+#[test]
+fn a_triple_fault_is_a_crash() {
+    let caps = require_kvm!();
+    let outputs: Arc<Collected> = Arc::default();
+    let mut machine = booted(&caps, &config(Mode::Crash, 1, 0, BITMAP), &outputs);
+    machine.start().unwrap();
+    eventually("a crash", || machine.power() == Some(Power::Crash));
+    machine.pause().unwrap();
+    assert_eq!(*outputs.power.lock(), [Power::Crash]);
+    // a crashed guest can be reset, and crashes again
+    machine.reset().unwrap();
+    assert_eq!(machine.power(), None);
+    machine.resume().unwrap();
+    eventually("another crash", || machine.power() == Some(Power::Crash));
+}
+
+#[test]
+fn a_reset_guest_begins_anew_in_place() {
+    let caps = require_kvm!();
+    let outputs: Arc<Collected> = Arc::default();
+    let mut machine = booted(&caps, &config(Mode::Reset, 2, 0, BITMAP), &outputs);
+    machine.start().unwrap();
+    for round in 1..=3 {
+        eventually("a reset", || machine.power() == Some(Power::Reset));
+        machine.pause().unwrap();
+        assert!(word(&machine, COUNTERS) >= 1000);
+        assert_eq!(word(&machine, DONE), 0);
+        assert_eq!(outputs.power.lock().len(), round);
+        machine.reset().unwrap();
+        machine.resume().unwrap();
+    }
+}
