@@ -43,7 +43,7 @@ fn upper(bucket: usize) -> u64 {
         return sub;
     }
     let shift = row - 1;
-    ((u64::from(SUB) + sub + 1) << shift) - 1
+    ((u64::from(SUB) + sub) << shift) | ((1 << shift) - 1)
 }
 
 impl Histogram {

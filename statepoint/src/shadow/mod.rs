@@ -395,7 +395,13 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
                 shared.spoiled.store(true, Ordering::Release);
                 tracing::error!(%error, "this shadow can not be promoted");
             }
-            shared.backward.refuse(shared.me(), error.refusal());
+            // A connection that just ended needs no reason.
+            if !matches!(
+                error,
+                ShadowError::Link(LinkError::Closed | LinkError::Io(_))
+            ) {
+                shared.backward.refuse(shared.me(), error.refusal());
+            }
             Err(error)
         })
     }

@@ -1,0 +1,705 @@
+//! A simulated pair: guests that are arrays of memory, cables with faults, and the oracle.
+//!
+//! The guest's workload writes random pages, a disk and a counter, and shows the counter with a
+//! nonce made from its memory, so that an output tells which past it comes from. Every time a
+//! capture reads the guest its whole memory is written down by counter: the oracle compares.
+
+#![allow(dead_code)]
+
+pub mod cable;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use ax_wire::record::{Arbiter, Flush, Member, Record as PairRecord, State};
+use ax_wire::records::{Record, RecordKind, Records, push};
+use ax_wire::state::{StateReader, StateWriter};
+use ax_wire::{EpochId, Generation, Incarnation, PAGE_SIZE, PairId, Session, Side};
+use io_barrier::{
+    Barrier, BarrierConfig, Boottime, FtGrant, OutputSink, Power, RxCounts, SoloGrant,
+};
+use parking_lot::{Mutex, MutexGuard};
+use statepoint::guest::{Guest, GuestError, Page, RamRegion, ShadowGuest};
+use statepoint::primary::{
+    EpochSource, PrimaryConfig, PrimaryEngine, PrimaryEvents, PrimaryHandle, Start,
+};
+use statepoint::shadow::{
+    CommittedState, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle, ShadowSink,
+};
+
+pub const RAM: [RamRegion; 2] = [
+    RamRegion {
+        start: 0,
+        pages: 160,
+    },
+    RamRegion {
+        start: 256,
+        pages: 96,
+    },
+];
+const PAGES: usize = 256;
+pub const DISK: usize = 64 * 512;
+
+pub const A: Member = Member {
+    side: Side::A,
+    incarnation: Incarnation(0xa),
+};
+pub const B: Member = Member {
+    side: Side::B,
+    incarnation: Incarnation(0xb),
+};
+
+pub fn session(incarnation: Incarnation, generation: u64) -> Session {
+    Session {
+        pair: PairId([3; 16]),
+        generation: Generation(generation),
+        incarnation,
+    }
+}
+
+fn record(state: State) -> PairRecord {
+    PairRecord {
+        generation: Generation(1),
+        arbiter: Arbiter::Operator,
+        by: None,
+        state,
+    }
+}
+
+pub fn solo(me: Member) -> SoloGrant {
+    SoloGrant::of(&record(State::Alone { holder: me }), me).unwrap()
+}
+
+pub fn ft(me: Member, shadow: Member) -> FtGrant {
+    let state = State::Ft {
+        holder: me,
+        shadow: shadow.incarnation,
+        flush: Flush::Local,
+    };
+    FtGrant::of(&record(state), me).unwrap()
+}
+
+/// A small fast generator: the tests need repeatable, not good, randomness.
+#[derive(Clone, Debug)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+fn index(page: Page) -> Option<usize> {
+    let mut at = 0;
+    for region in RAM {
+        if (region.start..region.start + region.pages).contains(&page) {
+            return Some(at + (page - region.start) as usize);
+        }
+        at += region.pages as usize;
+    }
+    None
+}
+
+fn number(at: usize) -> Page {
+    if at < RAM[0].pages as usize {
+        at as u64
+    } else {
+        RAM[1].start + (at - RAM[0].pages as usize) as u64
+    }
+}
+
+fn error(doing: &'static str) -> GuestError {
+    GuestError {
+        doing,
+        source: "injected or out of bounds".into(),
+    }
+}
+
+/// Steps of a capture that can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Pause,
+    Save,
+    Harvest,
+    Read,
+}
+
+pub struct Inner {
+    pub memory: Vec<u8>,
+    dirty: Vec<bool>,
+    tracking: bool,
+    paused: bool,
+    rng: Rng,
+    pub disk: Vec<u8>,
+    disk_log: Vec<u8>,
+    /// Fail this step at its n-th call from now.
+    fail: Option<(Step, u32)>,
+    pub rx_given: RxCounts,
+    /// Whole memory and disk by counter, at every harvest in a pause.
+    pub history: HashMap<u64, (Vec<u8>, Vec<u8>)>,
+    pub keep_history: bool,
+    /// Pages the workload touches each step.
+    pub touch: u64,
+}
+
+impl Inner {
+    fn write(&mut self, at: usize, bytes: &[u8]) {
+        self.memory[at..at + bytes.len()].copy_from_slice(bytes);
+        for page in at / PAGE_SIZE..=(at + bytes.len() - 1) / PAGE_SIZE {
+            self.dirty[page] = true;
+        }
+    }
+
+    pub fn counter(&self) -> u64 {
+        u64::from_le_bytes(self.memory[..8].try_into().unwrap())
+    }
+
+    fn fails(&mut self, step: Step) -> Result<(), GuestError> {
+        match &mut self.fail {
+            Some((at, left)) if *at == step => {
+                if *left == 0 {
+                    self.fail = None;
+                    return Err(error("an injected failure"));
+                }
+                *left -= 1;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The guest, shared by its engine and its workload.
+#[derive(Clone)]
+pub struct Sim(pub Arc<Mutex<Inner>>);
+
+impl Sim {
+    pub fn new(seed: u64) -> Sim {
+        Sim(Arc::new(Mutex::new(Inner {
+            memory: vec![0; PAGES * PAGE_SIZE],
+            dirty: vec![false; PAGES],
+            tracking: false,
+            paused: false,
+            rng: Rng(seed),
+            disk: vec![0; DISK],
+            disk_log: Vec::with_capacity(1 << 20),
+            fail: None,
+            rx_given: RxCounts::default(),
+            history: HashMap::new(),
+            keep_history: true,
+            touch: 6,
+        })))
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock()
+    }
+
+    pub fn fail(&self, step: Step, after: u32) {
+        self.lock().fail = Some((step, after));
+    }
+
+    /// One step of the workload: false when paused or refused by the barrier.
+    pub fn step(&self, barrier: &Barrier) -> bool {
+        let mut inner = self.lock();
+        if inner.paused || inner.disk_log.len() > 1 << 19 {
+            return false;
+        }
+        let counter = inner.counter() + 1;
+        let nonce = inner.rng.next();
+        let mut frame = [0; 64];
+        frame[..8].copy_from_slice(&counter.to_le_bytes());
+        frame[8..16].copy_from_slice(&nonce.to_le_bytes());
+        let output = Record {
+            kind: RecordKind::Frame,
+            unit: 0,
+            at: 0,
+            payload: &frame,
+        };
+        if barrier.hold(output).is_err() {
+            return false;
+        }
+        inner.write(0, &counter.to_le_bytes());
+        inner.write(8, &nonce.to_le_bytes());
+        for _ in 0..inner.touch {
+            let page = 1 + inner.rng.below(PAGES as u64 - 1) as usize;
+            let at = page * PAGE_SIZE + 8 * inner.rng.below(500) as usize;
+            let value = inner.rng.next();
+            // Now and then a page becomes all zeros again.
+            if value.is_multiple_of(8) {
+                inner.write(page * PAGE_SIZE, &[0; PAGE_SIZE]);
+            } else {
+                inner.write(at, &value.to_le_bytes());
+            }
+        }
+        let sector = inner.rng.below(64) as usize * 512;
+        let data = [counter as u8; 512];
+        inner.disk[sector..sector + 512].copy_from_slice(&data);
+        let written = Record {
+            kind: RecordKind::DiskWrite,
+            unit: 0,
+            at: sector as u64,
+            payload: &data,
+        };
+        assert!(push(&mut inner.disk_log, written));
+        true
+    }
+}
+
+impl Guest for Sim {
+    fn ram(&self) -> &[RamRegion] {
+        &RAM
+    }
+
+    fn track_dirty(&mut self, on: bool) -> Result<(), GuestError> {
+        let mut inner = self.lock();
+        inner.tracking = on;
+        inner.dirty.fill(false);
+        Ok(())
+    }
+
+    fn dirty_estimate(&mut self) -> Result<usize, GuestError> {
+        Ok(self.lock().dirty.iter().filter(|d| **d).count())
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        let mut inner = self.lock();
+        inner.fails(Step::Pause)?;
+        assert!(!inner.paused, "paused twice");
+        inner.paused = true;
+        Ok(())
+    }
+
+    fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError> {
+        let mut inner = self.lock();
+        assert!(inner.paused, "saved while running");
+        inner.fails(Step::Save)?;
+        let counter = inner.counter();
+        out.block(1, 1, 0, &counter.to_le_bytes())
+            .map_err(|_| error("saving"))
+    }
+
+    fn harvest(&mut self, dirty: &mut Vec<Page>) -> Result<(), GuestError> {
+        let mut inner = self.lock();
+        assert!(inner.tracking, "harvested without tracking");
+        inner.fails(Step::Harvest)?;
+        dirty.clear();
+        for at in 0..PAGES {
+            if std::mem::take(&mut inner.dirty[at]) {
+                dirty.push(number(at));
+            }
+        }
+        if inner.paused && inner.keep_history {
+            let (counter, now) = (inner.counter(), (inner.memory.clone(), inner.disk.clone()));
+            inner.history.insert(counter, now);
+        }
+        Ok(())
+    }
+
+    fn give_back(&mut self, pages: &[Page]) {
+        let mut inner = self.lock();
+        for page in pages {
+            let at = index(*page).unwrap();
+            inner.dirty[at] = true;
+        }
+    }
+
+    fn read_pages(&self, first: Page, out: &mut [u8]) -> Result<(), GuestError> {
+        let mut inner = self.lock();
+        inner.fails(Step::Read)?;
+        let at = index(first).ok_or_else(|| error("reading"))? * PAGE_SIZE;
+        out.copy_from_slice(&inner.memory[at..at + out.len()]);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.lock().paused = false;
+        Ok(())
+    }
+}
+
+/// The other things of an epoch: the simulated disk.
+pub struct Source(pub Sim, pub usize);
+
+impl EpochSource for Source {
+    fn restart_sync(&mut self) -> Result<(), GuestError> {
+        self.0.lock().disk_log.clear();
+        self.1 = 0;
+        Ok(())
+    }
+
+    fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError> {
+        let mut inner = self.0.lock();
+        records.clear();
+        records.reserve(1 << 20);
+        records.append(&mut inner.disk_log);
+        let end = (self.1 + 4096).min(DISK);
+        if self.1 < end {
+            let piece = Record {
+                kind: RecordKind::DiskWrite,
+                unit: 0,
+                at: self.1 as u64,
+                payload: &inner.disk[self.1..end],
+            };
+            assert!(push(records, piece));
+        }
+        self.1 = end;
+        Ok(end == DISK)
+    }
+
+    fn disk_bytes(&self) -> usize {
+        self.0.lock().disk_log.len()
+    }
+
+    fn seal(&mut self, records: &mut Vec<u8>) {
+        records.clear();
+        records.reserve(1 << 20);
+        std::mem::swap(records, &mut self.0.lock().disk_log);
+    }
+
+    fn rx_given(&self) -> RxCounts {
+        self.0.lock().rx_given
+    }
+}
+
+/// The shadow's memory.
+#[derive(Clone)]
+pub struct Copy {
+    pub memory: Arc<Mutex<Vec<u8>>>,
+    /// Fail the n-th write from now.
+    pub fail: Arc<AtomicU64>,
+}
+
+impl Copy {
+    pub fn new() -> Copy {
+        Copy {
+            memory: Arc::new(Mutex::new(vec![0xee; PAGES * PAGE_SIZE])),
+            fail: Arc::new(AtomicU64::new(u64::MAX)),
+        }
+    }
+}
+
+impl ShadowGuest for Copy {
+    fn ram(&self) -> &[RamRegion] {
+        &RAM
+    }
+
+    fn write_pages(&mut self, first: Page, data: &[u8]) -> Result<(), GuestError> {
+        if self.fail.fetch_sub(1, Ordering::SeqCst) == 0 {
+            return Err(error("an injected failure"));
+        }
+        let at = index(first).ok_or_else(|| error("writing"))? * PAGE_SIZE;
+        let mut memory = self.memory.lock();
+        let place = memory.get_mut(at..at + data.len());
+        place.ok_or_else(|| error("writing"))?.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn read_pages(&self, first: Page, out: &mut [u8]) -> Result<(), GuestError> {
+        let at = index(first).ok_or_else(|| error("reading"))? * PAGE_SIZE;
+        out.copy_from_slice(&self.memory.lock()[at..at + out.len()]);
+        Ok(())
+    }
+}
+
+/// The shadow's disk.
+#[derive(Clone, Default)]
+pub struct Disk(pub Arc<Mutex<(Vec<u8>, u64, bool)>>);
+
+fn write_records(disk: &mut [u8], records: &[u8]) {
+    for record in Records::new(records) {
+        let record = record.unwrap();
+        let at = record.at as usize;
+        disk[at..at + record.payload.len()].copy_from_slice(record.payload);
+    }
+}
+
+impl ShadowSink for Disk {
+    fn begin_sync(&mut self) -> Result<(), GuestError> {
+        *self.0.lock() = (vec![0xdd; DISK], 0, false);
+        Ok(())
+    }
+
+    fn bulk(&mut self, records: &[u8]) -> Result<(), GuestError> {
+        write_records(&mut self.0.lock().0, records);
+        Ok(())
+    }
+
+    fn committed(&mut self, epoch: EpochId, records: &mut Vec<u8>) -> Result<(), GuestError> {
+        let mut disk = self.0.lock();
+        assert!(epoch.0 > disk.1, "I5: epoch {epoch:?} after {}", disk.1);
+        disk.1 = epoch.0;
+        write_records(&mut disk.0, records);
+        Ok(())
+    }
+
+    fn in_sync(&mut self, _: EpochId, _: Generation) -> Result<(), GuestError> {
+        self.0.lock().2 = true;
+        Ok(())
+    }
+
+    fn durable(&self) -> EpochId {
+        EpochId(self.0.lock().1)
+    }
+}
+
+/// What has left: (counter, nonce) in order.
+#[derive(Clone, Default)]
+pub struct Net(pub Arc<Mutex<Vec<(u64, u64)>>>);
+
+impl OutputSink for Net {
+    fn frame(&mut self, _nic: u8, frame: &[u8]) {
+        let word = |at: usize| u64::from_le_bytes(frame[at..at + 8].try_into().unwrap());
+        self.0.lock().push((word(0), word(8)));
+    }
+
+    fn console(&mut self, _: u64, _: &[u8]) {}
+
+    fn power(&mut self, _: Power) {}
+}
+
+/// Opens the gate as the pair's state machine would once the shadow has confirmed.
+pub struct Enter {
+    pub barrier: Arc<Barrier>,
+    pub handle: Mutex<Option<PrimaryHandle>>,
+    pub confirmed: AtomicU64,
+    pub failed_captures: AtomicU64,
+}
+
+impl PrimaryEvents for Enter {
+    fn confirmed(&self, epoch: EpochId) {
+        self.confirmed.store(epoch.0, Ordering::SeqCst);
+        self.barrier.protect(ft(A, B));
+        if let Some(handle) = &*self.handle.lock() {
+            handle.granted(Generation(2));
+        }
+    }
+
+    fn capture_failed(&self, _: &statepoint::primary::CaptureError) {
+        self.failed_captures.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+pub struct SeenByShadow {
+    pub confirmed: AtomicU64,
+    pub generation: AtomicU64,
+}
+
+impl ShadowEvents for SeenByShadow {
+    fn confirmed(&self, epoch: EpochId, _: Generation) {
+        self.confirmed.store(epoch.0, Ordering::SeqCst);
+    }
+
+    fn granted(&self, generation: Generation) {
+        self.generation.store(generation.0, Ordering::SeqCst);
+    }
+}
+
+/// Everything of one pair.
+pub struct Pair {
+    pub sim: Sim,
+    pub barrier: Arc<Barrier>,
+    pub net: Net,
+    pub enter: Arc<Enter>,
+    pub primary: PrimaryEngine<Sim, Source>,
+    pub primary_handle: PrimaryHandle,
+    pub copy: Copy,
+    pub disk: Disk,
+    pub seen: Arc<SeenByShadow>,
+    pub shadow: ShadowEngine<Copy, Disk>,
+    pub shadow_handle: ShadowHandle,
+    pub stop: Arc<AtomicBool>,
+}
+
+pub fn quick() -> PrimaryConfig {
+    let start = Start::FullCopy { after: EpochId(0) };
+    let mut config = PrimaryConfig::new(session(A.incarnation, 1), B.incarnation, start);
+    config.policy.min_gap_ns = 50_000;
+    config.policy.max_interval_ns = 2_000_000;
+    config.policy.poll_ns = 1_000_000;
+    config.slot_bytes = 4 << 20;
+    config.verify_every = 1;
+    config
+}
+
+pub fn shadow_config() -> ShadowConfig {
+    ShadowConfig::new(
+        session(A.incarnation, 1),
+        B.incarnation,
+        std::env::temp_dir(),
+    )
+}
+
+impl Pair {
+    pub fn new(seed: u64) -> Pair {
+        Pair::with(seed, quick(), shadow_config(), 1_000_000_000)
+    }
+
+    pub fn with(
+        seed: u64,
+        primary: PrimaryConfig,
+        shadow: ShadowConfig,
+        permission_ns: u64,
+    ) -> Pair {
+        let (sim, net) = (Sim::new(seed), Net::default());
+        let config = BarrierConfig {
+            epoch_bytes: 1 << 16,
+            max_epochs: 4,
+            permission_ns,
+        };
+        let barrier = Barrier::new(config, Box::new(net.clone()), Arc::new(Boottime));
+        let barrier = Arc::new(barrier);
+        barrier.pass(solo(A));
+        let enter = Arc::new(Enter {
+            barrier: barrier.clone(),
+            handle: Mutex::new(None),
+            confirmed: AtomicU64::new(0),
+            failed_captures: AtomicU64::new(0),
+        });
+        let (engine, primary_handle) = PrimaryEngine::new(
+            primary,
+            sim.clone(),
+            Source(sim.clone(), 0),
+            enter.clone(),
+            barrier.clone(),
+            Arc::new(Boottime),
+        );
+        *enter.handle.lock() = Some(primary_handle.clone());
+        barrier.on_pending({
+            let handle = primary_handle.clone();
+            move || handle.wake()
+        });
+        let (copy, disk) = (Copy::new(), Disk::default());
+        let seen = Arc::new(SeenByShadow {
+            confirmed: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+        });
+        let (shadow, shadow_handle) = ShadowEngine::new(
+            shadow,
+            copy.clone(),
+            disk.clone(),
+            None,
+            seen.clone(),
+            Arc::new(Boottime),
+        );
+        Pair {
+            sim,
+            barrier,
+            net,
+            enter,
+            primary: engine,
+            primary_handle,
+            copy,
+            disk,
+            seen,
+            shadow,
+            shadow_handle,
+            stop: Arc::default(),
+        }
+    }
+
+    /// The guest's workload in a thread, until `stop`.
+    pub fn workload(&self) -> std::thread::JoinHandle<()> {
+        let (sim, barrier, stop) = (self.sim.clone(), self.barrier.clone(), self.stop.clone());
+        std::thread::spawn(move || {
+            let mut rng = Rng(7);
+            while !stop.load(Ordering::SeqCst) {
+                for _ in 0..rng.below(8) {
+                    sim.step(&barrier);
+                }
+                std::thread::sleep(Duration::from_micros(rng.below(300)));
+            }
+        })
+    }
+
+    /// I1, I2, I5 and "nothing lost" at the moment of the primary's death: what has left is in the
+    /// shadow's committed past, the shadow's memory and disk are exactly the primary's at that
+    /// epoch, and what has left plus what the shadow sends again is everything, in order.
+    pub fn check_failover(&self) {
+        let Some(committed) = self.shadow_handle.committed() else {
+            assert_eq!(self.enter.confirmed.load(Ordering::SeqCst), 0);
+            return;
+        };
+        self.check_copy(&committed);
+        let counter = saved_counter(&committed);
+        let left = self.net.0.lock().clone();
+        let promoted = Net::default();
+        let barrier = Barrier::new(
+            BarrierConfig::default(),
+            Box::new(promoted.clone()),
+            Arc::new(Boottime),
+        );
+        self.shadow_handle
+            .with_outputs(|outputs| barrier.promote(solo(B), outputs, committed.epoch));
+        let again = promoted.0.lock().clone();
+        let last = left.last().map_or(0, |l| l.0);
+        assert!(
+            last <= counter,
+            "I1: {last} has left, the shadow only knows {counter}"
+        );
+        let numbers: Vec<u64> = left.iter().map(|l| l.0).collect();
+        assert_eq!(
+            numbers,
+            (1..=last).collect::<Vec<_>>(),
+            "in order, exactly once"
+        );
+        let first = again.first().map_or(counter + 1, |f| f.0);
+        assert!(
+            first <= last + 1,
+            "lost: {last} has left, {first} is sent again first"
+        );
+        let expected: Vec<u64> = (first..=counter).collect();
+        let numbers: Vec<u64> = again.iter().map(|l| l.0).collect();
+        assert_eq!(
+            numbers, expected,
+            "sent again in order, up to the committed"
+        );
+        for output in again {
+            let same = left.iter().find(|l| l.0 == output.0);
+            assert!(
+                same.is_none_or(|l| l.1 == output.1),
+                "two pasts under one counter"
+            );
+        }
+    }
+
+    pub fn check_copy(&self, committed: &CommittedState) {
+        let counter = saved_counter(committed);
+        let inner = self.sim.lock();
+        let (memory, disk) = &inner.history[&counter];
+        assert!(
+            *memory == *self.copy.memory.lock(),
+            "I2: memory differs at {counter}"
+        );
+        assert!(
+            *disk == self.disk.0.lock().0,
+            "the disk differs at {counter}"
+        );
+        assert!(self.disk.0.lock().2, "in sync was never said");
+    }
+}
+
+/// The counter in a saved state.
+pub fn saved_counter(committed: &CommittedState) -> u64 {
+    let block = StateReader::new(&committed.state).next().unwrap().unwrap();
+    u64::from_le_bytes(block.payload.try_into().unwrap())
+}
+
+/// Waits until `what`, at most a minute: longer is a hang.
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(60), "hangs: {what}");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
