@@ -354,7 +354,7 @@ impl Opener {
             .peer_certificates()
             .and_then(|certs| certs.first())
             .and_then(|cert| trust.name_of(&Fingerprint::of(cert)));
-        Ok(Stream::new(sock, Some(Box::new(conn.into())), addr, name))
+        Ok(Stream::new(sock, Some(conn.into()), addr, name))
     }
 }
 

@@ -149,6 +149,6 @@ impl Connector {
                 attempts: vec![format!("{found} answers there; check the address")],
             });
         }
-        Ok(Stream::new(sock, Some(Box::new(conn.into())), addr, found))
+        Ok(Stream::new(sock, Some(conn.into()), addr, found))
     }
 }

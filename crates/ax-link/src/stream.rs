@@ -14,7 +14,7 @@ use crate::{Fingerprint, HostName};
 /// [`Closer`].
 pub struct Stream {
     sock: TcpStream,
-    tls: Option<Box<rustls::Connection>>,
+    tls: Option<Box<Tls>>,
     peer: SocketAddr,
     name: Option<HostName>,
 }
@@ -41,10 +41,11 @@ impl Closer {
 impl Stream {
     pub(crate) fn new(
         sock: TcpStream,
-        tls: Option<Box<rustls::Connection>>,
+        conn: Option<rustls::Connection>,
         peer: SocketAddr,
         name: Option<HostName>,
     ) -> Stream {
+        let tls = conn.map(|conn| Box::new(Tls::new(conn)));
         Stream {
             sock,
             tls,
@@ -80,7 +81,7 @@ impl Stream {
     pub(crate) fn peer_certificate(&self) -> Option<&rustls::pki_types::CertificateDer<'static>> {
         self.tls
             .as_ref()
-            .and_then(|tls| tls.peer_certificates())
+            .and_then(|tls| tls.conn.peer_certificates())
             .and_then(|certs| certs.first())
     }
 
@@ -120,16 +121,16 @@ impl Stream {
     /// Ends the sending side in order: TLS says so, then TCP. The peer reads end of file.
     pub fn finish(&mut self) {
         if let Some(tls) = &mut self.tls {
-            tls.send_close_notify();
+            tls.conn.send_close_notify();
             // The peer may be gone; ending was all that was wanted.
-            let _ = flush_tls(tls, &mut self.sock);
+            let _ = tls.flush(&mut self.sock);
         }
         let _ = self.sock.shutdown(Shutdown::Write);
     }
 
     /// Whether bytes accepted by `write` still wait for the socket (nonblocking streams).
     pub(crate) fn wants_write(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+        self.tls.as_ref().is_some_and(|tls| tls.conn.wants_write())
     }
 
     pub(crate) fn socket(&self) -> &TcpStream {
@@ -148,24 +149,85 @@ impl Stream {
     }
 
     pub(crate) fn from_parts(sock: TcpStream, parts: Parts) -> Stream {
-        Stream::new(sock, parts.tls, parts.peer, parts.name)
+        Stream {
+            sock,
+            tls: parts.tls,
+            peer: parts.peer,
+            name: parts.name,
+        }
     }
 }
 
 /// A stream without its socket, on the way to a thread with another file table.
 pub(crate) struct Parts {
-    tls: Option<Box<rustls::Connection>>,
+    tls: Option<Box<Tls>>,
     peer: SocketAddr,
     name: Option<HostName>,
 }
 
-fn flush_tls(tls: &mut rustls::Connection, sock: &mut TcpStream) -> io::Result<()> {
-    while tls.wants_write() {
-        if tls.write_tls(sock)? == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
+/// A TLS state and what was read from the socket for it: rustls takes 4 KiB at a time, which
+/// would be a system call for every page.
+struct Tls {
+    conn: rustls::Connection,
+    input: Box<[u8]>,
+    /// The unread part of `input`.
+    unread: std::ops::Range<usize>,
+}
+
+const INPUT: usize = 256 << 10;
+
+impl Tls {
+    fn new(conn: rustls::Connection) -> Tls {
+        Tls {
+            conn,
+            input: vec![0; INPUT].into_boxed_slice(),
+            unread: 0..0,
         }
     }
-    Ok(())
+
+    fn flush(&mut self, sock: &mut TcpStream) -> io::Result<()> {
+        while self.conn.wants_write() {
+            if self.conn.write_tls(sock)? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, sock: &mut TcpStream, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.conn.reader().read(buf) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                other => return other,
+            }
+            if self.unread.is_empty() {
+                // An end of file leaves it empty, and rustls learns of it as such.
+                self.unread = 0..sock.read(&mut self.input)?;
+            }
+            let mut source = &self.input[self.unread.clone()];
+            self.unread.start += self.conn.read_tls(&mut source)?;
+            if let Err(error) = self.conn.process_new_packets() {
+                // The alert tells the peer why; it may be gone.
+                let _ = self.flush(sock);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+            if self.conn.wants_write() {
+                unless_full(self.flush(sock))?;
+            }
+        }
+    }
+
+    /// Writes with `fill`, after what waits inside, so that this stays within rustls's limit.
+    fn write(
+        &mut self,
+        sock: &mut TcpStream,
+        fill: impl FnOnce(&mut rustls::Writer<'_>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        self.flush(sock)?;
+        let taken = fill(&mut self.conn.writer())?;
+        unless_full(self.flush(sock))?;
+        Ok(taken)
+    }
 }
 
 /// `WouldBlock` is no failure of bytes that are kept for later.
@@ -180,46 +242,33 @@ impl Read for Stream {
     /// Errors as a socket's; a TLS failure is `InvalidData` holding a `rustls::Error`, and an end
     /// without the peer's TLS goodbye is `UnexpectedEof`.
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let Some(tls) = &mut self.tls else {
-            return self.sock.read(buf);
-        };
-        loop {
-            match tls.reader().read(buf) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                other => return other,
-            }
-            match tls.read_tls(&mut self.sock) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                other => other?,
-            };
-            if let Err(error) = tls.process_new_packets() {
-                // The alert tells the peer why; it may be gone.
-                let _ = flush_tls(tls, &mut self.sock);
-                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
-            }
-            if tls.wants_write() {
-                unless_full(flush_tls(tls, &mut self.sock))?;
-            }
+        match &mut self.tls {
+            Some(tls) => tls.read(&mut self.sock, buf),
+            None => self.sock.read(buf),
         }
     }
 }
 
 impl Write for Stream {
-    /// With TLS and a nonblocking socket, bytes taken may still wait inside; `flush` moves them.
+    /// With TLS every write is sent at once, in records of its own: write large pieces. On a
+    /// nonblocking socket, bytes taken may still wait inside; `flush` moves them.
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let Some(tls) = &mut self.tls else {
-            return self.sock.write(buf);
-        };
-        // Drained first, so that what waits inside stays within the TLS buffer's limit.
-        flush_tls(tls, &mut self.sock)?;
-        let taken = tls.writer().write(buf)?;
-        unless_full(flush_tls(tls, &mut self.sock))?;
-        Ok(taken)
+        match &mut self.tls {
+            Some(tls) => tls.write(&mut self.sock, |writer| writer.write(buf)),
+            None => self.sock.write(buf),
+        }
+    }
+
+    fn write_vectored(&mut self, bufs: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        match &mut self.tls {
+            Some(tls) => tls.write(&mut self.sock, |writer| writer.write_vectored(bufs)),
+            None => self.sock.write_vectored(bufs),
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match &mut self.tls {
-            Some(tls) => flush_tls(tls, &mut self.sock),
+            Some(tls) => tls.flush(&mut self.sock),
             None => self.sock.flush(),
         }
     }

@@ -151,6 +151,8 @@ pub(super) struct Watch {
     next_beat: u64,
     next_dial: u64,
     backoff_ns: u64,
+    /// The last batch ended at its bound: more is readable, perhaps where poll cannot see it.
+    more: bool,
 }
 
 impl Watch {
@@ -179,6 +181,7 @@ impl Watch {
             next_beat: now,
             next_dial: now,
             backoff_ns: interval_ns,
+            more: false,
         })
     }
 
@@ -234,7 +237,7 @@ impl Watch {
         if handed {
             self.take_handed()?;
         }
-        if readable || handed {
+        if readable || handed || self.more {
             self.take_in();
         }
         let now = boottime_ns();
@@ -260,6 +263,7 @@ impl Watch {
         if self.wire.is_none() && matches!(self.line, Line::Dial(_)) {
             due = due.min(self.next_dial);
         }
+        let due = if self.more { 0 } else { due };
         let timeout = i64::try_from(due.saturating_sub(boottime_ns())).unwrap_or(i64::MAX);
         let mut events = PollFlags::POLLIN;
         if self
@@ -315,11 +319,18 @@ impl Watch {
 
     /// Reads everything there is, up to a bound.
     fn take_in(&mut self) {
+        self.more = true;
         for _ in 0..MAX_BATCH {
-            let Some(wire) = &mut self.wire else { return };
+            let Some(wire) = &mut self.wire else {
+                self.more = false;
+                return;
+            };
             let bytes = match wire.receive() {
                 Ok(Some(bytes)) => bytes,
-                Ok(None) => break,
+                Ok(None) => {
+                    self.more = false;
+                    break;
+                }
                 Err(e) => return self.ended(&e),
             };
             match self.understand(&bytes) {

@@ -78,5 +78,5 @@ fn authenticate(
     )?;
     conn.complete_io(&mut Timed::new(&sock, deadline))
         .map_err(|e| LinkError::opening("finish the TLS handshake", &addr.to_string(), e))?;
-    Ok(Stream::new(sock, Some(Box::new(conn.into())), addr, None))
+    Ok(Stream::new(sock, Some(conn.into()), addr, None))
 }

@@ -205,7 +205,7 @@ impl Dialogue {
         let mut conn = tls::server(&self.identity, tls::Pins::AnyForPairing, tls::PAIRING)?;
         conn.complete_io(&mut Timed::new(&sock, deadline))
             .map_err(|e| LinkError::opening("finish the TLS handshake", &addr.to_string(), e))?;
-        let mut stream = Stream::new(sock, Some(Box::new(conn.into())), addr, None);
+        let mut stream = Stream::new(sock, Some(conn.into()), addr, None);
         let body = message::receive(&mut stream, FrameKind::Pairing, deadline, "send its secret")?;
         match decode(&body) {
             Some(request) => Ok((stream, request)),

@@ -1,6 +1,8 @@
 //! Two hosts that trust each other, on 127.0.0.1.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod watch;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
