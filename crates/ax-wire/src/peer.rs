@@ -1,6 +1,8 @@
 //! What the two processes of a pair tell each other besides epochs.
 //!
-//! Sent as frames of kind [`FrameKind::Peer`] on a connection of their own, after the handshake.
+//! Sent as frames of kind [`FrameKind::Peer`] on a connection of their own, after the handshake. The
+//! primary speaks, the shadow answers each message with one of its own, so that one thread a
+//! side is enough.
 
 use bincode::{Decode, Encode};
 
@@ -16,10 +18,14 @@ pub enum PeerMessage {
     Known(Record),
     /// Primary to shadow: this record makes you the holder (rule 25).
     HandOver(Record),
-    /// New primary to old: the guest runs here.
+    /// Primary to shadow, parked: apply every committed epoch and make the disks durable.
+    Settle,
+    /// Shadow to primary, in answer to a hand-over: the guest runs here.
     Running,
-    /// New primary to old: it could not be started here; nothing has left.
-    CouldNotRun,
+    /// Shadow to primary: it could not be done, and nothing has left.
+    CouldNot,
+    /// Shadow to primary, in answer to anything else: understood.
+    Done,
     /// Primary to shadow: stopped in order by this record (rule 26).
     Stopped(Record),
 }

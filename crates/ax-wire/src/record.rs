@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{EpochId, Generation, Incarnation, PairId, Side};
 
 /// One process of one side: the only thing that is ever granted anything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub struct Member {
     /// Which host.
     pub side: Side,
@@ -20,7 +22,9 @@ pub struct Member {
 }
 
 /// One witness and one life of its store. A wiped or new store has another `store` (rule 27).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub struct WitnessId {
     /// The witness, for its whole life.
     pub identity: [u8; 16],
@@ -29,7 +33,9 @@ pub struct WitnessId {
 }
 
 /// Who decides for a pair. Exactly one is active, named in the record (rule 27).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub enum Arbiter {
     /// Only an operator.
     Operator,
@@ -38,7 +44,9 @@ pub enum Arbiter {
 }
 
 /// Which sides hold the current disks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub enum Copies {
     /// Both: the VM may start on either.
     Both,
@@ -47,7 +55,9 @@ pub enum Copies {
 }
 
 /// Where a FLUSH must be durable before it completes (`disk.secondary`, rule 15).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub enum Flush {
     /// On the holder's disk.
     Local,
@@ -56,7 +66,9 @@ pub enum Flush {
 }
 
 /// What the pair is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub enum State {
     /// Fault tolerant: the holder releases what the shadow has acknowledged; the shadow, in sync,
     /// may take over.
@@ -83,7 +95,9 @@ pub enum State {
 }
 
 /// The arbiter's record of a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub struct Record {
     /// Counts changes.
     pub generation: Generation,
@@ -96,15 +110,20 @@ pub struct Record {
 }
 
 /// A change one side asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub enum Change {
     /// Out of FT: the holder drops its shadow, or the in-sync shadow takes over (rules 21, 22).
+    /// The shadow asks only when everything it has acknowledged is applied and durable: the
+    /// record will say that its disk is the current one, whatever happens to it next.
     TakeSolo,
     /// Into FT with this process of the other side as shadow, memory and disk in sync (rule 22).
     EnterFt {
         /// The shadow's process.
         shadow: Incarnation,
-        /// Where FLUSHes are durable from now on.
+        /// Where FLUSHes are durable from now on. With [`Flush::Both`] the shadow's disk must be
+        /// durable already.
         flush: Flush,
     },
     /// Planned failover: the in-sync shadow becomes holder, the caller its shadow (rule 25).
@@ -118,7 +137,8 @@ pub enum Change {
     },
     /// Start a stopped pair, or start cold after a crash, on a side whose copy is current
     /// (rule 23). The caller must already have made sure that no older process of its own side
-    /// runs (rule 17).
+    /// runs (rule 17). If the record it starts from is FT and the holder was the other side, its
+    /// first output waits until the holder's permission is over (rule 24).
     Start,
     /// Start on this side whatever the record says, by an operator who has read the loss and
     /// knows that the other side is down (rule 23).
@@ -132,7 +152,9 @@ pub enum Change {
 }
 
 /// One side's request to change the record of a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub struct Request {
     /// Which pair.
     pub pair: PairId,
@@ -145,7 +167,9 @@ pub struct Request {
 }
 
 /// The arbiter's answer to a [`Request`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub enum Decision {
     /// Granted now; durable before the answer was sent.
     Granted(Record),
@@ -156,7 +180,9 @@ pub enum Decision {
 }
 
 /// Why nothing changed, and what holds instead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub struct Refusal {
     /// The record as it stands; none when the arbiter does not know the pair.
     pub record: Option<Record>,
@@ -165,7 +191,9 @@ pub struct Refusal {
 }
 
 /// Why a request was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub enum Why {
     /// The arbiter does not know the pair: both sides must register (rule 27).
     UnknownPair,
@@ -196,7 +224,9 @@ pub enum Why {
 }
 
 /// What starting on a side that is not current would lose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
 pub struct Loss {
     /// The side that has what would be lost.
     pub side: Side,

@@ -1,0 +1,185 @@
+//! The machine as the epoch engine sees it, and as everybody else may use it meanwhile.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ax_wire::state::StateWriter;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use statepoint::guest::{Guest, GuestError, Page, RamRegion, ShadowGuest};
+use vmm::Machine;
+
+/// One machine, shared by the epoch engine and the conductor.
+///
+/// The *turn* is held from an epoch's pause to its resume, so that nobody resets, pauses for an
+/// operator or parks for good in the middle of a capture.
+#[derive(Debug)]
+pub struct SharedMachine {
+    machine: Mutex<Machine>,
+    turn: Mutex<bool>,
+    turn_over: Condvar,
+    /// The vCPUs stay parked after an epoch: an operator's pause, or a parking for good.
+    parked: AtomicBool,
+    ram: Vec<RamRegion>,
+}
+
+fn failed(doing: &'static str) -> impl Fn(vmm::Error) -> GuestError {
+    move |source| GuestError {
+        doing,
+        source: Box::new(source),
+    }
+}
+
+impl SharedMachine {
+    /// Shares a machine.
+    pub fn new(machine: Machine) -> Arc<SharedMachine> {
+        let ram = machine
+            .ram()
+            .iter()
+            .map(|region| RamRegion {
+                start: region.start,
+                pages: region.pages,
+            })
+            .collect();
+        Arc::new(SharedMachine {
+            machine: Mutex::new(machine),
+            turn: Mutex::new(false),
+            turn_over: Condvar::new(),
+            parked: AtomicBool::new(false),
+            ram,
+        })
+    }
+
+    /// The machine, for one short call that is harmless in the middle of a capture.
+    pub fn lock(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock()
+    }
+
+    fn take_turn(&self) {
+        let mut taken = self.turn.lock();
+        while *taken {
+            self.turn_over.wait(&mut taken);
+        }
+        *taken = true;
+    }
+
+    fn end_turn(&self) {
+        *self.turn.lock() = false;
+        self.turn_over.notify_one();
+    }
+
+    /// Does something to the machine between two captures.
+    pub fn between_epochs<T>(&self, act: impl FnOnce(&mut Machine) -> T) -> T {
+        self.take_turn();
+        let done = act(&mut self.machine.lock());
+        self.end_turn();
+        done
+    }
+
+    /// Keeps the vCPUs parked from now on (true), or lets them go (false).
+    ///
+    /// # Errors
+    /// The machine was never started, or a vCPU thread has died.
+    pub fn park(&self, on: bool) -> vmm::Result<()> {
+        self.parked.store(on, Ordering::Release);
+        self.between_epochs(|machine| {
+            if on {
+                machine.pause()
+            } else {
+                machine.resume()
+            }
+        })
+    }
+
+    /// Whether the vCPUs are kept parked.
+    pub fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::Acquire)
+    }
+}
+
+/// The engine's handle.
+#[derive(Clone, Debug)]
+pub struct EpochGuest(pub Arc<SharedMachine>);
+
+impl Guest for EpochGuest {
+    fn ram(&self) -> &[RamRegion] {
+        &self.0.ram
+    }
+
+    fn track_dirty(&mut self, on: bool) -> Result<(), GuestError> {
+        self.0
+            .lock()
+            .track_dirty(on)
+            .map_err(failed("switch dirty tracking"))
+    }
+
+    fn dirty_estimate(&mut self) -> Result<usize, GuestError> {
+        self.0
+            .lock()
+            .dirty_estimate()
+            .map_err(failed("count dirty pages"))
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        self.0.take_turn();
+        self.0
+            .lock()
+            .pause()
+            .map_err(failed("pause"))
+            .inspect_err(|_| self.0.end_turn())
+    }
+
+    fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError> {
+        self.0
+            .lock()
+            .save(out)
+            .map_err(failed("save the machine's state"))
+    }
+
+    fn harvest(&mut self, dirty: &mut Vec<Page>) -> Result<(), GuestError> {
+        self.0
+            .lock()
+            .harvest(dirty)
+            .map_err(failed("harvest dirty pages"))
+    }
+
+    fn give_back(&mut self, pages: &[Page]) {
+        self.0.lock().give_back(pages);
+    }
+
+    fn read_pages(&self, first: Page, out: &mut [u8]) -> Result<(), GuestError> {
+        self.0
+            .lock()
+            .read_pages(first, out)
+            .map_err(failed("read guest memory"))
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        let resumed = if self.0.is_parked() {
+            Ok(())
+        } else {
+            self.0.lock().resume()
+        };
+        self.0.end_turn();
+        resumed.map_err(failed("resume"))
+    }
+}
+
+impl ShadowGuest for EpochGuest {
+    fn ram(&self) -> &[RamRegion] {
+        &self.0.ram
+    }
+
+    fn write_pages(&mut self, first: Page, data: &[u8]) -> Result<(), GuestError> {
+        self.0
+            .lock()
+            .write_pages(first, data)
+            .map_err(failed("write guest memory"))
+    }
+
+    fn read_pages(&self, first: Page, out: &mut [u8]) -> Result<(), GuestError> {
+        self.0
+            .lock()
+            .read_pages(first, out)
+            .map_err(failed("read guest memory"))
+    }
+}

@@ -1,0 +1,366 @@
+//! The primary's protection by one shadow process: session, sentinel, epoch engine.
+//!
+//! [`Protection`] is the conductor's handle; its thread runs the engine over one connection after
+//! the other until it is told to stop, the peer is given up, or the final epoch is acknowledged.
+
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ax_disk::{SyncCursor, WriteLog};
+use ax_link::heartbeat::{Line, LinkEvent, ProgressSource, Sentinel, Timing as LinkTiming};
+use ax_link::{Channel, Connector, Preamble, Stream};
+use ax_wire::heartbeat::Progress;
+use ax_wire::peer::PeerMessage;
+use ax_wire::{EpochId, Generation, Incarnation, Session};
+use io_barrier::{Boottime, MAX_NICS, RxCounts};
+use parking_lot::Mutex;
+use statepoint::guest::GuestError;
+use statepoint::link::PrimaryLink;
+use statepoint::primary::{
+    Ended, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle,
+};
+use vmm::MachineHandle;
+
+use crate::error::Error;
+use crate::guest::EpochGuest;
+use crate::parts::Parts;
+use crate::session::{self, SessionError};
+
+/// What the protection tells the conductor.
+#[derive(Debug)]
+pub enum Protecting {
+    /// Bytes of memory and disks copied, and known to be copied in all.
+    Copying(u64, u64),
+    /// The rest goes with one epoch.
+    CopyDone,
+    /// The shadow acknowledged its first whole epoch.
+    Confirmed,
+    /// The final epoch is acknowledged; the guest is parked.
+    Final(EpochId),
+    /// The shadow is given up; says why.
+    Lost(String),
+    /// The sentinel's word.
+    Link(LinkEvent),
+}
+
+type Tell = Arc<dyn Fn(Protecting) + Send + Sync>;
+
+struct Events {
+    tell: Tell,
+}
+
+impl PrimaryEvents for Events {
+    fn copying(&self, sent: u64, total: u64) {
+        (self.tell)(Protecting::Copying(sent, total));
+    }
+
+    fn copy_done(&self) {
+        (self.tell)(Protecting::CopyDone);
+    }
+
+    fn confirmed(&self, _epoch: EpochId) {
+        (self.tell)(Protecting::Confirmed);
+    }
+}
+
+/// Disk records and counts of received frames.
+pub struct Source {
+    log: Arc<WriteLog>,
+    disks: Vec<Arc<ax_disk::Image>>,
+    cursor: Option<SyncCursor>,
+    handle: MachineHandle,
+    nics: usize,
+}
+
+impl Source {
+    /// What the machine made of `parts` has besides memory.
+    pub fn of(parts: &Parts, nics: usize) -> Source {
+        Source {
+            log: Arc::clone(&parts.log),
+            disks: parts.images.clone(),
+            cursor: None,
+            handle: parts.handle.clone(),
+            nics: nics.min(MAX_NICS),
+        }
+    }
+}
+
+impl EpochSource for Source {
+    fn restart_sync(&mut self) -> Result<(), GuestError> {
+        // Recording begins before the first chunk is read: decisions/0003.
+        self.log.record(true);
+        let writable = self.disks.iter().map(Arc::clone).collect();
+        self.cursor = Some(SyncCursor::new(writable));
+        Ok(())
+    }
+
+    fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError> {
+        let done = match &mut self.cursor {
+            Some(cursor) => cursor.step(&self.log).map_err(|source| GuestError {
+                doing: "read a disk image for the initial copy",
+                source: Box::new(source),
+            })?,
+            None => true,
+        };
+        self.log.seal(records);
+        Ok(done)
+    }
+
+    fn disk_bytes(&self) -> usize {
+        self.log.len()
+    }
+
+    fn seal(&mut self, records: &mut Vec<u8>) {
+        self.log.seal(records);
+    }
+
+    fn rx_given(&self) -> RxCounts {
+        let mut counts = RxCounts::default();
+        for (nic, count) in counts.iter_mut().enumerate().take(self.nics) {
+            *count = self.handle.rx_delivered(nic);
+        }
+        counts
+    }
+}
+
+/// What the sentinel tells the shadow of this primary.
+struct Beats {
+    engine: PrimaryHandle,
+    generation: Mutex<Generation>,
+}
+
+impl ProgressSource for Beats {
+    fn generation(&self) -> Generation {
+        *self.generation.lock()
+    }
+
+    fn progress(&self, _now_ns: u64) -> Progress {
+        let at = self.engine.progress();
+        Progress {
+            captured: at.captured,
+            staged: at.shipped,
+            applied: at.applied,
+            acked: at.acked,
+            oldest_held_ns: at.oldest_held_ns,
+            pending: self.engine.work_pending(),
+        }
+    }
+}
+
+/// Orders to the engine's thread.
+enum Order {
+    /// Lets a guest that the final epoch left parked go on, protected as before.
+    Unpark,
+    /// Ends the thread; the guest stays as it is.
+    End,
+}
+
+/// A shadow being filled, or in step.
+pub struct Protection {
+    /// The shadow's process.
+    pub shadow: Incarnation,
+    /// The engine.
+    pub engine: PrimaryHandle,
+    beats: Arc<Beats>,
+    sentinel: Option<Sentinel>,
+    peer: Option<Stream>,
+    orders: mpsc::Sender<Order>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Protection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Protection({:?})", self.shadow)
+    }
+}
+
+/// How a protection is begun.
+#[derive(Debug)]
+pub struct Setting {
+    /// What frames carry.
+    pub session: Session,
+    /// Which shadow.
+    pub config: PrimaryConfig,
+    /// The sentinel's times.
+    pub timing: LinkTiming,
+    /// Number of network devices.
+    pub nics: usize,
+}
+
+fn primary_link(forward: Stream, backward: Stream) -> std::io::Result<PrimaryLink> {
+    let ends = [forward.closer()?, backward.closer()?];
+    Ok(PrimaryLink {
+        forward: Box::new(forward),
+        backward: Box::new(backward),
+        close: Arc::new(move || ends.iter().for_each(ax_link::Closer::close)),
+    })
+}
+
+fn redial(
+    connector: &Connector,
+    session: Session,
+    until: Instant,
+) -> Result<PrimaryLink, SessionError> {
+    let open = |channel| connector.open_until(Preamble::of(channel, session), until);
+    let (forward, backward) = (open(Channel::Forward)?, open(Channel::Backward)?);
+    primary_link(forward, backward).map_err(|e| SessionError::Talk(e.to_string()))
+}
+
+impl Protection {
+    /// Begins to protect the guest over a session just dialled.
+    ///
+    /// # Errors
+    /// A thread or the sentinel could not be started.
+    pub fn begin(
+        parts: &Parts,
+        connector: Connector,
+        dialled: session::Dialled,
+        setting: Setting,
+        tell: Tell,
+    ) -> Result<Protection, Error> {
+        let Setting {
+            session,
+            config,
+            timing,
+            nics,
+        } = setting;
+        let shadow = config.shadow;
+        let events = Arc::new(Events {
+            tell: Arc::clone(&tell),
+        });
+        let (mut engine, handle) = PrimaryEngine::new(
+            config,
+            EpochGuest(Arc::clone(&parts.machine)),
+            Source::of(parts, nics),
+            events,
+            Arc::clone(&parts.barrier),
+            Arc::new(Boottime),
+        );
+        let beats = Arc::new(Beats {
+            engine: handle.clone(),
+            generation: Mutex::new(session.generation),
+        });
+        let link = |e: ax_link::LinkError| Error::Link(e.to_string());
+        let told = Arc::clone(&tell);
+        let sentinel = Sentinel::start(
+            session,
+            timing,
+            Line::Dial(connector.clone()),
+            Arc::clone(&beats) as Arc<dyn ProgressSource>,
+            move |event: LinkEvent| told(Protecting::Link(event)),
+        )
+        .map_err(link)?;
+        let (orders, todo) = mpsc::channel();
+        let (peer, forward, backward) = (dialled.peer, dialled.forward, dialled.backward);
+        let patience = timing.detect;
+        let run = move || {
+            let mut next = primary_link(forward, backward).map_err(|e| e.to_string());
+            loop {
+                let ended = match next {
+                    Ok(link) => engine.run(link).map_err(|e| match e {
+                        PrimaryError::Link(_) => (true, e.to_string()),
+                        other => (false, other.to_string()),
+                    }),
+                    Err(why) => Err((false, why)),
+                };
+                match ended {
+                    Ok(Ended::Stopped) => break,
+                    Ok(Ended::Final { epoch }) => {
+                        tell(Protecting::Final(epoch));
+                        match todo.recv() {
+                            Ok(Order::Unpark) => {
+                                if let Err(error) = engine.unpark() {
+                                    tell(Protecting::Lost(error.to_string()));
+                                    break;
+                                }
+                                next = redial(&connector, session, Instant::now() + patience)
+                                    .map_err(|e| e.to_string());
+                            }
+                            Ok(Order::End) | Err(_) => return,
+                        }
+                    }
+                    Err((again, why)) => {
+                        tracing::warn!(%why, "the epoch stream ended");
+                        let until = Instant::now() + patience.max(Duration::from_millis(20));
+                        next = match again {
+                            true => redial(&connector, session, until).map_err(|e| e.to_string()),
+                            false => Err(why.clone()),
+                        };
+                        if next.is_err() {
+                            tell(Protecting::Lost(why));
+                            break;
+                        }
+                    }
+                }
+            }
+            // A guest that is parked for an epoch larger than its slot goes on: its outputs are the
+            // barrier's business.
+            if let Err(error) = engine.unpark() {
+                tracing::error!(%error, "the guest could not go on after its protection ended");
+            }
+            let (_, source, stopped) = engine.into_parts();
+            source.log.record(false);
+            if let Err(error) = stopped {
+                tracing::warn!(%error, "dirty tracking could not be stopped");
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("epochs".into())
+            .spawn(run)
+            .map_err(Error::Thread)?;
+        parts.bell.set(Some(handle.clone()));
+        Ok(Protection {
+            shadow,
+            engine: handle,
+            beats,
+            sentinel: Some(sentinel),
+            peer: Some(peer),
+            orders,
+            thread: Some(thread),
+        })
+    }
+
+    /// The arbiter granted a new generation: heartbeats and frames carry it.
+    pub fn granted(&self, generation: Generation) {
+        *self.beats.generation.lock() = generation;
+        self.engine.granted(generation);
+    }
+
+    /// Says one thing to the shadow and waits for its answer.
+    ///
+    /// # Errors
+    /// The conversation has ended.
+    pub fn say(&mut self, message: PeerMessage) -> Result<PeerMessage, SessionError> {
+        let Some(peer) = &mut self.peer else {
+            return Err(SessionError::Talk("it has ended".into()));
+        };
+        let answer = session::send(peer, message).and_then(|()| session::receive(peer));
+        if answer.is_err() {
+            self.peer = None;
+        }
+        answer
+    }
+
+    /// Lets a guest parked by the final epoch go on.
+    pub fn unpark(&self) {
+        let _ = self.orders.send(Order::Unpark);
+    }
+
+    /// Ends the protection: with a goodbye, or as a cut. The guest runs on unless it was parked by a
+    /// final epoch.
+    pub fn end(mut self, parts: &Parts, goodbye: bool) {
+        parts.bell.set(None);
+        self.engine.stop();
+        let _ = self.orders.send(Order::End);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        if let Some(sentinel) = self.sentinel.take()
+            && goodbye
+        {
+            sentinel.goodbye();
+        }
+    }
+}
