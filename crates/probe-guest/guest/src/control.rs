@@ -228,8 +228,9 @@ impl Control {
         text
     }
 
-    /// Moves jobs on. True while there is something to do right away.
+    /// Moves jobs on. True while there is something to do right away, answers to send included.
     pub fn poll(&mut self, conns: &mut [Conn], disks: &mut [Blk], serial: &mut Serial) -> bool {
+        let mut answered = false;
         if let Some((origin, job)) = self.jobs.front_mut()
             && let Some(result) = job.poll(disks)
         {
@@ -246,6 +247,7 @@ impl Control {
                 }
             }
             self.jobs.pop_front();
+            answered = true;
         }
         if let Some(work) = &mut self.work {
             work.poll(disks.last_mut());
@@ -259,7 +261,8 @@ impl Control {
                 self.counting = None;
             }
         }
-        self.work.as_ref().is_some_and(Work::busy)
+        answered
+            || self.work.as_ref().is_some_and(Work::busy)
             || self.jobs.front().is_some_and(|(_, job)| job.busy())
     }
 }
