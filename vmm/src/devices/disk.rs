@@ -60,7 +60,7 @@ enum Op {
 }
 
 /// The request a worker has taken. One per worker, allocated once.
-struct Job {
+pub(super) struct Job {
     op: Op,
     /// Which life of the queue it was taken from.
     life: u64,
@@ -70,6 +70,19 @@ struct Job {
     len: usize,
     segments: Segments,
     data: Box<[u8]>,
+}
+
+impl Job {
+    pub(super) fn new() -> Self {
+        Job {
+            op: Op::Flush,
+            life: 0,
+            offset: 0,
+            len: 0,
+            segments: Segments::default(),
+            data: vec![0; MAX_REQUEST].into_boxed_slice(),
+        }
+    }
 }
 
 enum Taken {
@@ -119,31 +132,27 @@ impl DiskDevice {
     /// The worker: answers requests until the gate is stopped, sleeping on the doorbell (blocking).
     pub(super) fn work(&self, gate: &Gate) {
         let [doorbell] = &self.doorbell;
-        let mut job = Job {
-            op: Op::Flush,
-            life: 0,
-            offset: 0,
-            len: 0,
-            segments: Segments::default(),
-            data: vec![0; MAX_REQUEST].into_boxed_slice(),
+        let mut job = Job::new();
+        while let Some(more) = self.step(gate, &mut job) {
+            if !more {
+                // Reading a blocking event fails only when interrupted: then look anyway.
+                let _ = doorbell.read();
+            }
+        }
+    }
+
+    /// Answers the oldest request. True when one was there; `None` when the gate is stopped.
+    pub(super) fn step(&self, gate: &Gate, job: &mut Job) -> Option<bool> {
+        let taken = {
+            let _inside = gate.enter()?;
+            self.take(job)
         };
-        loop {
-            let taken = {
-                let Some(_inside) = gate.enter() else { return };
-                self.take(&mut job)
-            };
-            match taken {
-                Taken::Answered => {}
-                Taken::Job => {
-                    let result = self.perform(&mut job);
-                    if self.complete(gate, &job, result).is_none() {
-                        return;
-                    }
-                }
-                Taken::Idle => {
-                    // Reading a blocking event fails only when interrupted: then look anyway.
-                    let _ = doorbell.read();
-                }
+        match taken {
+            Taken::Idle => Some(false),
+            Taken::Answered => Some(true),
+            Taken::Job => {
+                let result = self.perform(job);
+                self.complete(gate, job, result).map(|()| true)
             }
         }
     }

@@ -235,7 +235,7 @@ impl Inner {
         };
         segments.parse(ring.mem, chain)?;
         self.starved = false;
-        self.received += 1;
+        self.received = self.received.wrapping_add(1);
         if frame.len() < MIN_FRAME || HEADER + frame.len() > segments.write_len {
             ring.untake();
             return Ok(RxOutcome::Dropped);

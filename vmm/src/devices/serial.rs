@@ -232,7 +232,7 @@ impl SerialPort {
             .get(..usize::from(self.record.backlog_len));
         let bytes = bytes.unwrap_or_default();
         if !bytes.is_empty() && self.outputs.console(self.record.offset, bytes).is_ok() {
-            self.record.offset += bytes.len() as u64;
+            self.record.offset = self.record.offset.wrapping_add(bytes.len() as u64);
             self.record.backlog_len = 0;
         }
     }
