@@ -8,7 +8,7 @@
 #   0x090 interrupts seen per I/O APIC pin (24 x u32, CPU 0 only)
 #   0x100 fault record (vector, error code, rip, cr2, cs: 5 x u64)
 #   0x140 kvmclock record (32 bytes, CPU 0 only)
-#   0x200..0x400 ring-0 stack
+#   0x200..0x400 ring-0 stack    0x800..0x901 I/O permission bitmap (zeros: ports below 0x800)
 
 .set PERCPU,     0x100000
 .set STUBS,      0x108000
@@ -18,6 +18,8 @@
 .set VEC_TIMER,  0x50
 .set VEC_WAKE,   0x58
 .set LAPIC_EOI,  0xfee000b0
+.set IO_BITMAP,  0x800                      # in the per-CPU page; IOPL 3 alone does not last on
+                                            # a KVM without hardware virtualisation
 
 # --- PVH entry note: type 18 = XEN_ELFNOTE_PHYS32_ENTRY
 .section .note.pvh, "a", @note
@@ -33,8 +35,8 @@
     .long 0
     .quad PERCPU + i * 0x1000 + 0x400       # RSP0
     .fill 0x66 - 12, 1, 0
-    .word 0x68                              # no I/O bitmap: IOPL 3 is enough
-    .fill 0x1000 - 0x68, 1, 0
+    .word IO_BITMAP
+    .fill 0x1000 - 0x68, 1, 0               # the bitmap among it: every port below 0x800 allowed
     .set i, i + 1
 .endr
 
@@ -85,7 +87,7 @@ gdt:
     .quad 0
     .set i, 0
     .rept CPUS                              # 0x40 + 16 * i: task state segments
-    .word 0x67
+    .word IO_BITMAP + 0x100
     .word (PERCPU + i * 0x1000) & 0xffff
     .byte (PERCPU + i * 0x1000) >> 16
     .byte 0x89, 0, 0
