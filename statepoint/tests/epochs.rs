@@ -164,7 +164,12 @@ fn every_fault_is_found_and_the_next_connection_goes_on() {
             let fair = matches!(error, ShadowError::Link(_) | ShadowError::Epoch { .. });
             assert!(fair, "{forward:?} {backward:?}: {error}");
             faults += u32::from(!matches!(error, ShadowError::Link(LinkError::Closed)));
-            assert!(connections < 300, "no progress");
+            assert!(
+                connections < 300,
+                "no progress: {forward:?} {backward:?} {ended} / {error} {:?} {:?}",
+                pair.primary_handle.progress(),
+                pair.shadow_handle.progress()
+            );
         }
         pair.stop.store(true, Ordering::SeqCst);
         workload.join().unwrap();

@@ -45,7 +45,9 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
     }
 
     fn connection(&mut self, link: PrimaryLink) -> Result<Ended, PrimaryError> {
-        let mut writer = FrameWriter::new(link.forward, self.shared.current_session());
+        // A generation granted since is told again on every connection: the last one may have ended
+        // before the shadow heard of it.
+        let mut writer = FrameWriter::new(link.forward, self.shared.session);
         let mut reader = FrameReader::new(link.backward);
         if self.shared.stop.load(Ordering::Acquire) {
             (link.close)();
@@ -111,6 +113,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
     }
 
     fn drive(&mut self, writer: &mut FrameWriter, full: bool) -> Result<Ended, PrimaryError> {
+        self.write_between(writer)?;
         if full {
             self.unpark().map_err(PrimaryError::Resume)?;
             self.full_copy(writer)?;
