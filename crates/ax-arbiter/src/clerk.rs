@@ -198,3 +198,60 @@ fn register(
     }
     Ok(Said::Registered(said))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ax_wire::Side;
+    use ax_wire::record::Copies;
+
+    const PAIR: PairId = PairId([4; 16]);
+
+    /// What the clerk says to registrations at these times, in order.
+    fn registered(asks: &[(Side, Duration)]) -> Vec<Said> {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let me = Arbiter::Witness(store.id());
+        let record = Record::defined(Copies::Both, Arbiter::Operator);
+        let (start, mut waiting) = (Instant::now(), HashMap::new());
+        asks.iter()
+            .map(|(side, after)| {
+                let registration = Registration {
+                    pair: PAIR,
+                    side: *side,
+                    record,
+                };
+                let ask = Ask::Register {
+                    registration,
+                    by_operator: false,
+                };
+                store
+                    .batch(|b| answer(me, b, &mut waiting, &ask, None, start + *after))
+                    .unwrap()
+            })
+            .collect()
+    }
+
+    /// Rule 27: both sides register together, not one today and the other tomorrow.
+    #[test]
+    fn a_registration_waits_only_a_short_time_for_the_other() {
+        let known =
+            |said: &[Said]| matches!(said.last(), Some(Said::Registered(Registered::Known(_))));
+        let soon = Duration::from_millis(1);
+        assert!(known(&registered(&[(Side::A, soon), (Side::B, TOGETHER)])));
+        let late = TOGETHER + 2 * soon;
+        assert!(!known(&registered(&[(Side::A, soon), (Side::B, late)])));
+        // Registering again keeps it waiting.
+        assert!(known(&registered(&[
+            (Side::A, soon),
+            (Side::A, TOGETHER),
+            (Side::B, late)
+        ])));
+    }
+
+    #[test]
+    fn one_side_twice_is_not_both_sides() {
+        let twice = registered(&[(Side::A, Duration::ZERO), (Side::A, Duration::ZERO)]);
+        assert_eq!(twice, [Said::Registered(Registered::Waiting); 2]);
+    }
+}
