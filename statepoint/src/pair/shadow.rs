@@ -36,6 +36,9 @@ pub(super) fn step(me: Member, phase: Phase, event: Event) -> (Phase, Vec<Action
         (Phase::AskingTakeover { .. }, Event::Granted(record)) if is_alone(&record, me) => {
             (Phase::Promoting { record }, vec![Action::Promote(record)])
         }
+        // What was acknowledged could not be made durable and restored here: asking would fence a
+        // holder that is well, for a copy that can't run (I4).
+        (Phase::Waiting { .. }, Event::PromotionFailed) => ended(Ending::Stale),
         // The primary had been granted FT and died before it could tell: ask from there.
         (Phase::AskingTakeover { known }, Event::Refused(refusal)) => match refusal.record {
             Some(record) if names_me(&record, me) && record.generation > known => (

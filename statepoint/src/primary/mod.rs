@@ -152,7 +152,9 @@ pub enum PrimaryError {
     /// The shadow refused the stream. [`Refusal::Broken`] is as a broken link.
     #[error("the shadow refused the epoch stream: {0:?}")]
     Refused(Refusal),
-    /// The shadow does not stand where this engine left it: it needs a new initial copy.
+    /// The shadow does not stand where this engine left it: it needs a new initial copy. If it was
+    /// never confirmed, `run` makes one once outputs pass again ([`Barrier::pass`]; the record still
+    /// says alone); otherwise it is lost.
     #[error("the shadow stands at {shadow:?}; this primary can go on from {from:?} to {to:?} only")]
     OutOfStep {
         /// Where it says it stands.

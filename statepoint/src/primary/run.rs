@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ax_wire::EpochId;
+use io_barrier::Gate;
 
 use super::capture::Slot;
 use super::handle::Failure;
@@ -79,9 +80,10 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             to: captured,
         };
         match staged {
-            None if confirmed => Err(out_of_step),
+            // Outputs are held already: a copy takes too long for that. They must pass again first.
+            None if confirmed || self.shared.barrier.gate() != Gate::Passing => Err(out_of_step),
             None => {
-                // A first copy that was cut: what it captured goes with the next one.
+                // A first copy that was cut: what it captured is in the next one.
                 while let Some(flight) = flow.flying.pop_front() {
                     flow.free.extend(flight.slot);
                 }

@@ -23,7 +23,7 @@ use io_barrier::{
 use parking_lot::{Mutex, MutexGuard};
 use statepoint::guest::{Guest, GuestError, Page, RamRegion, ShadowGuest};
 use statepoint::primary::{
-    EpochSource, PrimaryConfig, PrimaryEngine, PrimaryEvents, PrimaryHandle, Start,
+    EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle, Start,
 };
 use statepoint::shadow::{
     CommittedState, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle, ShadowSink,
@@ -671,6 +671,17 @@ impl Pair {
                 "two pasts under one counter"
             );
         }
+    }
+
+    /// What the pair's state machine does when the shadow is lost before FT was granted: the record
+    /// still says alone, so outputs pass again and everything is copied anew.
+    pub fn entering_failed(&self, error: &PrimaryError) -> bool {
+        let failed = matches!(error, PrimaryError::OutOfStep { shadow: None, .. });
+        if failed {
+            assert_eq!(self.enter.confirmed.load(Ordering::SeqCst), 0);
+            self.barrier.pass(solo(A));
+        }
+        failed
     }
 
     pub fn check_copy(&self, committed: &CommittedState) {

@@ -1,0 +1,291 @@
+//! A shadow fed torn, reordered, truncated, corrupt, replayed and oversized streams. Frames are sealed
+//! anew where a clever enemy would: only the meaning is wrong then.
+
+#![allow(clippy::unwrap_used)]
+
+mod sim;
+
+use std::io::Cursor;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use ax_wire::stream::{FrameError, FrameKind, HEADER, Header, MAX_PAYLOAD, run_header};
+use ax_wire::{EpochId, Generation, PAGE_SIZE};
+use sim::cable::{Fault, Meter, Tape, cable};
+use sim::{Pair, Rng, session, until};
+use statepoint::link::{LinkError, ShadowLink};
+use statepoint::shadow::ShadowError;
+
+#[derive(Clone)]
+struct Frame {
+    header: Header,
+    payload: Vec<u8>,
+}
+
+fn frames(mut bytes: &[u8]) -> Vec<Frame> {
+    let mut frames = vec![];
+    while let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() {
+        let header = Header::parse(header).unwrap();
+        let Some((payload, rest)) = rest.split_at_checked(header.len) else {
+            break;
+        };
+        header.check(payload).unwrap();
+        let payload = payload.to_vec();
+        frames.push(Frame { header, payload });
+        bytes = rest;
+    }
+    frames
+}
+
+/// Numbers and checksums made right again.
+fn sealed(frames: &[Frame]) -> Vec<u8> {
+    let mut bytes = vec![];
+    for (number, frame) in frames.iter().enumerate() {
+        let header = Header {
+            number: number as u32,
+            len: frame.payload.len(),
+            payload_crc: crc32fast::hash(&frame.payload),
+            ..frame.header
+        };
+        bytes.extend_from_slice(&header.to_bytes());
+        bytes.extend_from_slice(&frame.payload);
+    }
+    bytes
+}
+
+/// A recorded run, and the pair whose guest made it.
+fn record() -> (Pair, Vec<u8>) {
+    let mut pair = Pair::new(77);
+    let workload = pair.workload();
+    let meter = Meter {
+        copy: Some(Arc::default()),
+        ..Meter::default()
+    };
+    let handle = pair.primary_handle.clone();
+    let (a, b) = cable(Fault::None, Fault::None, &meter);
+    std::thread::scope(|scope| {
+        let primary = scope.spawn(|| pair.primary.run(a));
+        let shadow = scope.spawn(|| pair.shadow.run(b));
+        until("epochs", || handle.progress().acked.0 >= 12);
+        handle.stop();
+        primary.join().unwrap().unwrap();
+        shadow.join().unwrap();
+    });
+    pair.stop.store(true, Ordering::SeqCst);
+    workload.join().unwrap();
+    let bytes = meter.copy.unwrap().lock().clone();
+    (pair, bytes)
+}
+
+/// What a fresh shadow makes of `bytes`: whatever it is, its memory is one of the guest's true pasts.
+fn play(guest: &Pair, bytes: Vec<u8>) -> (ShadowError, Option<EpochId>) {
+    let mut fresh = Pair::new(0);
+    fresh.sim = guest.sim.clone();
+    let link = ShadowLink {
+        forward: Box::new(Tape(Cursor::new(bytes))),
+        backward: Box::new(std::io::sink()),
+        close: Arc::new(|| {}),
+    };
+    let error = fresh.shadow.run(link);
+    let committed = fresh.shadow_handle.committed();
+    if let Some(committed) = &committed {
+        fresh.check_copy(committed);
+    }
+    assert!(!fresh.shadow_handle.is_spoiled(), "spoiled by {error}");
+    (error, committed.map(|c| c.epoch))
+}
+
+fn find(frames: &[Frame], kind: FrameKind, epoch: u64) -> usize {
+    frames
+        .iter()
+        .position(|f| f.header.kind == kind && f.header.epoch == EpochId(epoch))
+        .unwrap()
+}
+
+#[test]
+fn no_hostile_stream_is_taken_for_an_epoch() {
+    let (guest, bytes) = record();
+    let good = frames(&bytes);
+    let (error, committed) = play(&guest, bytes.clone());
+    assert!(
+        matches!(error, ShadowError::Link(LinkError::Closed)),
+        "{error}"
+    );
+    assert!(
+        committed >= Some(EpochId(12)),
+        "the record itself is right: {committed:?}"
+    );
+
+    // Truncated and torn anywhere.
+    let mut rng = Rng(1);
+    for _ in 0..60 {
+        let at = rng.below(bytes.len() as u64) as usize;
+        play(&guest, bytes[..at].to_vec());
+        let mut torn = bytes.clone();
+        torn[at] ^= 1 << rng.below(8);
+        let (error, _) = play(&guest, torn);
+        let found = !matches!(error, ShadowError::Link(LinkError::Closed));
+        // A flipped length may just leave the stream too short.
+        assert!(
+            found || at > bytes.len() - 2 * MAX_PAYLOAD,
+            "byte {at}: {error}"
+        );
+    }
+
+    // A frame dropped, doubled or moved, everything sealed anew.
+    for at in 0..good.len() {
+        let kind = good[at].header.kind;
+        let harmless = matches!(
+            kind,
+            FrameKind::BulkPages | FrameKind::BulkDisk | FrameKind::BulkDiskEnd
+        ) || matches!(kind, FrameKind::Question | FrameKind::Received);
+        if harmless || rng.below(4) != 0 {
+            continue;
+        }
+        let mut dropped = good.clone();
+        dropped.remove(at);
+        let (error, committed) = play(&guest, sealed(&dropped));
+        let last = good[at].header.epoch;
+        let refused = matches!(
+            error,
+            ShadowError::Epoch { .. } | ShadowError::Link(LinkError::Frame(_))
+        );
+        if kind != FrameKind::Granted && at + 1 < good.len() {
+            assert!(refused, "{kind:?} of {last:?} dropped: {error}");
+            assert!(committed < Some(last), "{kind:?} of {last:?} dropped");
+        }
+        let mut doubled = good.clone();
+        doubled.insert(at, good[at].clone());
+        let (error, _) = play(&guest, sealed(&doubled));
+        let refused = matches!(
+            error,
+            ShadowError::Epoch { .. } | ShadowError::Link(LinkError::Frame(_))
+        );
+        let granted = matches!(kind, FrameKind::Granted | FrameKind::SyncDone);
+        assert!(refused || granted, "{kind:?} of {last:?} doubled: {error}");
+    }
+
+    // A whole epoch left out, two exchanged, one sent again later.
+    let of =
+        |epoch| find(&good, FrameKind::EpochBegin, epoch)..=find(&good, FrameKind::EpochEnd, epoch);
+    let mut skipped = good.clone();
+    skipped.drain(of(5));
+    let (error, committed) = play(&guest, sealed(&skipped));
+    assert!(
+        matches!(error, ShadowError::Epoch { epoch: 6, .. }),
+        "{error}"
+    );
+    assert_eq!(committed, Some(EpochId(4)));
+    let mut replayed = good[..=*of(7).end()].to_vec();
+    replayed.extend_from_slice(&good[of(6)]);
+    let (error, committed) = play(&guest, sealed(&replayed));
+    assert!(
+        matches!(error, ShadowError::Epoch { epoch: 6, .. }),
+        "I5: {error}"
+    );
+    assert_eq!(committed, Some(EpochId(7)));
+}
+
+#[test]
+fn another_session_is_refused_whole() {
+    let (guest, bytes) = record();
+    let good = frames(&bytes);
+    for change in [
+        |s: &mut ax_wire::Session| s.generation = Generation(9),
+        |s: &mut ax_wire::Session| s.generation = Generation(0),
+        |s: &mut ax_wire::Session| s.incarnation.0 += 1,
+        |s: &mut ax_wire::Session| s.pair.0[0] ^= 1,
+    ] {
+        let mut other = good.clone();
+        other.retain(|f| f.header.kind != FrameKind::Granted);
+        other.iter_mut().for_each(|f| change(&mut f.header.session));
+        let (error, committed) = play(&guest, sealed(&other));
+        let session = matches!(
+            error,
+            ShadowError::Link(LinkError::Frame(FrameError::Session { .. }))
+        );
+        assert!(session, "{error}");
+        assert_eq!(committed, None);
+    }
+    // And one recorded at g, played when the stream has moved on to g + 1.
+    let granted = good
+        .iter()
+        .position(|f| f.header.kind == FrameKind::Granted);
+    let mut late = good[..=granted.unwrap()].to_vec();
+    let mut stale = late.last().unwrap().clone();
+    stale.header.session = session(sim::A.incarnation, 1);
+    stale.header.kind = FrameKind::Question;
+    stale.payload = vec![0; 8];
+    late.push(stale);
+    let (error, _) = play(&guest, sealed(&late));
+    let refused = matches!(
+        error,
+        ShadowError::Link(LinkError::Frame(FrameError::Session { .. }))
+    );
+    assert!(refused, "{error}");
+}
+
+#[test]
+fn lengths_and_pages_out_of_bounds_are_refused_before_they_cost_anything() {
+    let (guest, bytes) = record();
+    let good = frames(&bytes);
+    let pages = find(&good, FrameKind::Pages, 3);
+    let begin = find(&good, FrameKind::EpochBegin, 3);
+
+    let mut oversized = sealed(&good[..pages]);
+    let header = Header {
+        number: pages as u32,
+        len: MAX_PAYLOAD + 1,
+        ..good[pages].header
+    };
+    oversized.extend_from_slice(&header.to_bytes());
+    let (error, _) = play(&guest, oversized);
+    let refused = matches!(
+        error,
+        ShadowError::Link(LinkError::Frame(FrameError::TooLong { .. }))
+    );
+    assert!(refused, "{error}");
+
+    // An epoch that announces more than any may have, in each of its lengths.
+    for field in [72, 80, 88, 96] {
+        let mut greedy = good.clone();
+        greedy[begin].payload[field..field + 8].copy_from_slice(&(1u64 << 40).to_le_bytes());
+        let (error, committed) = play(&guest, sealed(&greedy));
+        assert!(
+            matches!(error, ShadowError::Epoch { epoch: 3, .. }),
+            "{error}"
+        );
+        assert_eq!(committed, Some(EpochId(2)));
+    }
+
+    // Pages that are not RAM: in the hole, at the end, wrapping, without end.
+    for (first, count) in [(200, 1), (350, 4), (u64::MAX, 2), (0, u32::MAX)] {
+        let mut outside = good.clone();
+        outside[pages].payload = run_header(first, count, false).to_vec();
+        let (error, committed) = play(&guest, sealed(&outside));
+        let refused = matches!(
+            error,
+            ShadowError::Epoch { .. } | ShadowError::Link(LinkError::Frame(_))
+        );
+        assert!(refused, "{error}");
+        assert_eq!(committed, Some(EpochId(2)));
+    }
+    let mut cut = good.clone();
+    cut[pages].payload.truncate(PAGE_SIZE);
+    let (error, _) = play(&guest, sealed(&cut));
+    assert!(
+        matches!(error, ShadowError::Link(LinkError::Frame(_))),
+        "{error}"
+    );
+
+    // Rubbish where records should be.
+    let disk = find(&good, FrameKind::Disk, 3);
+    let mut rubbish = good.clone();
+    rubbish[disk].payload.fill(0xff);
+    let (error, committed) = play(&guest, sealed(&rubbish));
+    assert!(
+        matches!(error, ShadowError::Epoch { epoch: 3, .. }),
+        "{error}"
+    );
+    assert_eq!(committed, Some(EpochId(2)));
+}
