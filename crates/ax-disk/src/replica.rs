@@ -254,8 +254,18 @@ impl Replica {
             })
     }
 
-    /// Rule 18: applies every committed epoch, makes it durable, then durably writes the generation
-    /// beside the images. Only after it has returned may the promoted guest show an output.
+    /// Applies every committed epoch and makes it durable. Must have returned before the arbiter is
+    /// asked: a record that names this side must never be ahead of its disk (I4).
+    ///
+    /// # Errors
+    /// An image failed; this shadow must not be promoted.
+    pub fn settle(&self) -> Result<(), ApplyError> {
+        self.drain()?;
+        self.each(Image::flush)
+    }
+
+    /// Rule 18: [`Self::settle`], then durably writes the generation beside the images. Only after it
+    /// has returned may the promoted guest show an output.
     ///
     /// # Errors
     /// An image failed; this shadow must not be promoted.

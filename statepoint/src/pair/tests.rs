@@ -207,6 +207,16 @@ fn a_shadow_that_is_not_in_sync_never_asks() {
 }
 
 #[test]
+fn a_shadow_that_cannot_restore_what_it_acknowledged_never_asks() {
+    let (pair, actions) = play(shadow_in_sync(), [Event::PeerLost, Event::PromotionFailed]);
+    assert_eq!(pair.phase, Phase::Ended);
+    assert_eq!(
+        actions,
+        [Action::FreezeAcks, Action::EndFenced(Ending::Stale)]
+    );
+}
+
+#[test]
 fn a_planned_failover_parks_drains_asks_tells_and_swaps_the_roles() {
     let (pair, actions) = primary_in_ft().step(Event::Failover);
     assert_eq!(actions, [Action::ParkForGood]);

@@ -11,13 +11,18 @@ use std::time::{Duration, Instant};
 
 use ax_arbiter::rules::{Registered, Registration};
 use ax_arbiter::{AskError, Client};
-use ax_wire::record::{Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, Why};
+use ax_wire::record::{
+    Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, Why, WitnessId,
+};
 use ax_wire::{Generation, PairId};
 
 use crate::error::Error;
 
 /// How long one try may take before the conductor is told that nobody answers.
 const TRY: Duration = Duration::from_millis(1500);
+
+/// The file with the last record acted on.
+const RECORD: &str = "record.json";
 
 /// Between two tries after a failure.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -38,6 +43,15 @@ pub enum Heard {
 enum Task {
     Learn,
     Ask(Generation, Change),
+}
+
+/// The witness that the last record acted on names, if any: grants of another count for nothing
+/// until both sides have registered with it (rule 27).
+pub fn known_witness(state_dir: &Path) -> Option<WitnessId> {
+    match load(&state_dir.join(RECORD))?.arbiter {
+        Arbiter::Witness(id) => Some(id),
+        Arbiter::Operator => None,
+    }
 }
 
 /// The handle to the asking thread.
@@ -90,7 +104,7 @@ impl Asker {
     ) -> Result<Asker, Error> {
         let (tasks, todo) = mpsc::channel();
         let first = Record::defined(current, Arbiter::Operator);
-        let file = state_dir.join("record.json");
+        let file = state_dir.join(RECORD);
         let worker = Worker {
             client,
             pair,
@@ -200,10 +214,15 @@ impl Worker {
         loop {
             match self.client.ask(&request, Instant::now() + TRY) {
                 Ok(Decision::Granted(record) | Decision::Already(record)) => {
-                    if let Err(error) = store(&self.file, &record) {
-                        tracing::warn!(%error, "the granted record could not be kept here");
+                    // Without it this host would later register something older: keep trying.
+                    match store(&self.file, &record) {
+                        Ok(()) => return Heard::Granted(record),
+                        Err(error) => {
+                            let file = self.file.display();
+                            (self.tell)(Heard::Silent(format!("write {file}: {error}")));
+                            std::thread::sleep(AGAIN);
+                        }
                     }
-                    return Heard::Granted(record);
                 }
                 Ok(Decision::Refused(Refusal {
                     why: Why::UnknownPair,

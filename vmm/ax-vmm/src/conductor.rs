@@ -23,7 +23,7 @@ use statepoint::pair::{Action, Ending, Event, Pair, Phase};
 use statepoint::primary::{PrimaryConfig, Start as EngineStart};
 use statepoint::shadow::CommittedState;
 
-use crate::asker::{Asker, Heard};
+use crate::asker::{self, Asker, Heard};
 use crate::board::Board;
 use crate::control::{self, Boards, Order};
 use crate::error::Error;
@@ -216,7 +216,8 @@ impl Conductor {
     }
 
     fn start_asker(&mut self, witness: ax_link::Connector, start: Start) -> Result<(), Error> {
-        let client = Client::new(witness, None).map_err(Error::Thread)?;
+        let client = Client::new(witness, asker::known_witness(&self.spec.state_dir))
+            .map_err(Error::Thread)?;
         // A pair that was never started has its images where it is started first.
         let home = match start {
             Start::Boot => self.me.side,
@@ -521,7 +522,14 @@ impl Conductor {
             Action::AwaitPermissionOver => {
                 let permission = Duration::from_millis(self.spec.timing.permission_ms);
                 self.permission_over = Some(Instant::now() + permission + DRIFT_MARGIN);
-                self.prepare();
+                // Before anyone is asked: a record that names this side must never be ahead of what
+                // this side holds (I4).
+                if let Err(why) = self.prepare() {
+                    self.permission_over = None;
+                    self.events
+                        .note(format!("this side can't take over: {why}"));
+                    return self.step(Event::PromotionFailed);
+                }
             }
             Action::Boot(record) => self.start_guest(Some(record))?,
             Action::Promote(record) => return self.promote(record),
@@ -637,36 +645,33 @@ impl Conductor {
         }
     }
 
-    /// Everything of a promotion that needs no grant: finish applying, restore the machine.
-    fn prepare(&mut self) {
-        let Some(shadowing) = &mut self.shadowing else {
-            return;
-        };
-        let Some(committed) = shadowing.finish() else {
-            tracing::error!("no committed epoch is wholly applied: this side can't be promoted");
-            return;
-        };
+    /// Everything of a promotion that needs no grant: finish applying, make the disks durable, restore
+    /// the machine.
+    fn prepare(&mut self) -> Result<(), String> {
+        let shadowing = self.shadowing.as_mut().ok_or("there was no session")?;
+        let committed = shadowing
+            .finish()
+            .ok_or("no committed epoch is wholly applied")?;
+        shadowing.replica.settle().map_err(|e| e.to_string())?;
         let now = ax_link::heartbeat::boottime_ns();
         let elapsed = Duration::from_nanos(now.saturating_sub(committed.arrived_ns));
         let mut machine = self.parts.machine.lock();
-        let restored = machine
+        machine
             .restore(&committed.state, elapsed)
-            .and_then(|()| machine.promote_fixups());
+            .and_then(|()| machine.promote_fixups())
+            .map_err(|e| e.to_string())?;
         drop(machine);
-        match restored {
-            Ok(()) => {
-                self.last_epoch = committed.epoch;
-                self.prepared = Some(committed);
-            }
-            Err(error) => tracing::error!(%error, "the committed state can't be restored"),
-        }
+        self.last_epoch = committed.epoch;
+        self.prepared = Some(committed);
+        Ok(())
     }
 
     fn promote(&mut self, record: Record) -> Result<(), Error> {
-        if self.prepared.is_none() {
-            self.prepare();
-        }
-        let promoted = self.try_promote(record);
+        let prepared = match self.prepared {
+            Some(_) => Ok(()),
+            None => self.prepare(),
+        };
+        let promoted = prepared.and_then(|()| self.try_promote(record));
         match promoted {
             Ok(()) => self.step(Event::Running),
             Err(why) => {
@@ -1165,8 +1170,7 @@ impl Conductor {
         let Some(shadowing) = &self.shadowing else {
             return PeerMessage::CouldNot;
         };
-        let generation = shadowing.engine.generation();
-        match shadowing.replica.promote(generation) {
+        match shadowing.replica.settle() {
             Ok(()) => PeerMessage::Done,
             Err(error) => {
                 self.events
