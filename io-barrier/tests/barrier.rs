@@ -1,5 +1,7 @@
 //! The gate seen from outside: what leaves, when, and in what order.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -428,6 +428,50 @@ fn a_planned_failover_ends_with_a_final_epoch_and_a_paused_guest() {
     workload.join().unwrap();
 }
 
+/// Rule 25: B runs from the final epoch with A as its shadow, no second copy.
+#[test]
+fn after_a_planned_failover_the_roles_are_swapped_without_a_copy() {
+    let mut pair = Pair::new(21);
+    let workload = pair.workload();
+    let handle = pair.primary_handle.clone();
+    let meter = Meter::default();
+    let (ended, _) = connect(&mut pair, Fault::None, Fault::None, &meter, |over| {
+        until("epochs", || over() || handle.progress().acked.0 > 20);
+        handle.request_final_epoch();
+        until("the final epoch", over);
+    });
+    let Ok(Ended::Final { epoch }) = ended else {
+        panic!("{ended:?}");
+    };
+    pair.stop.store(true, Ordering::SeqCst);
+    workload.join().unwrap();
+    let from = pair.primary.last_committed().unwrap();
+    assert_eq!(from.epoch, epoch);
+    assert_eq!(
+        Some(&from.state),
+        pair.shadow_handle.committed().map(|c| c.state).as_ref()
+    );
+
+    let mut swapped = Pair::swapped(&pair, from);
+    let workload = swapped.workload();
+    let (handle, meter) = (swapped.primary_handle.clone(), Meter::default());
+    let (ended, _) = connect(&mut swapped, Fault::None, Fault::None, &meter, |over| {
+        until("more epochs", || {
+            over() || handle.progress().acked.0 > epoch.0 + 20
+        });
+        handle.stop();
+    });
+    assert_eq!(ended.unwrap(), Ended::Stopped);
+    swapped.stop.store(true, Ordering::SeqCst);
+    workload.join().unwrap();
+    let committed = swapped.shadow_handle.committed().unwrap();
+    assert!(committed.epoch > epoch, "I5");
+    swapped.check_copy(&committed);
+    let first = swapped.net.0.lock()[0].0;
+    let before = pair.net.0.lock().last().map_or(0, |l| l.0);
+    assert!(first <= before + 1, "{before} left before, {first} after");
+}
+
 #[test]
 fn a_diverged_memory_is_found_and_never_promoted() {
     let mut pair = Pair::new(12);

@@ -74,7 +74,12 @@ fn record() -> (Pair, Vec<u8>) {
     pair.stop.store(true, Ordering::SeqCst);
     workload.join().unwrap();
     let bytes = meter.copy.unwrap().lock().clone();
-    (pair, bytes)
+    let mut whole = frames(&bytes);
+    let last = whole
+        .iter()
+        .rposition(|f| f.header.kind == FrameKind::EpochEnd);
+    whole.truncate(last.unwrap() + 1);
+    (pair, sealed(&whole))
 }
 
 /// What a fresh shadow makes of `bytes`: whatever it is, its memory is one of the guest's true pasts.

@@ -21,6 +21,7 @@ use io_barrier::{Barrier, Clock, RxCounts, SealError};
 use crate::guest::{Guest, GuestError, Page};
 use crate::link::LinkError;
 use crate::policy::Policy;
+use crate::shadow::CommittedState;
 
 use capture::Slot;
 use handle::Shared;
@@ -269,6 +270,20 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             self.shared.barrier.resumed();
         }
         Ok(())
+    }
+
+    /// The last committed epoch's machine state, while its slot still has it: after
+    /// [`Ended::Final`] it always does. What this process can be a shadow from (rule 25) once roles
+    /// have swapped.
+    pub fn last_committed(&self) -> Option<CommittedState> {
+        let flow = self.shared.flow.lock();
+        let slot = flow.free.iter().find(|slot| slot.epoch == flow.acked)?;
+        Some(CommittedState {
+            epoch: slot.epoch,
+            state: slot.state.clone(),
+            arrived_ns: slot.resumed_ns,
+            rx_given: slot.rx_given,
+        })
     }
 
     /// True while the guest is paused by this engine.

@@ -25,6 +25,8 @@ const PIECE: usize = 256 << 10;
 
 const _: () = assert!(CHUNK * (PAGE_SIZE + RUN_HEADER) <= MAX_PAYLOAD && PIECE <= MAX_PAYLOAD);
 
+static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
 /// What an epoch's end must say.
 #[derive(Default)]
 struct Count {
@@ -41,7 +43,7 @@ impl Count {
 
 /// Appends `content`, the pages `first`.., as runs with and without content.
 fn encode(first: Page, content: &[u8], out: &mut Vec<u8>) {
-    let blank = |page: &[u8]| page.iter().all(|b| *b == 0);
+    let blank = |page: &[u8]| page == ZERO_PAGE.as_slice();
     let mut pages = content.chunks_exact(PAGE_SIZE).zip(first..).peekable();
     while let Some((page, at)) = pages.next() {
         let zero = blank(page);

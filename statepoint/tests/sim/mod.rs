@@ -201,6 +201,16 @@ impl Sim {
         })))
     }
 
+    /// A guest that goes on from this memory and disk.
+    pub fn from(memory: Vec<u8>, disk: Vec<u8>, seed: u64) -> Sim {
+        let sim = Sim::new(seed);
+        {
+            let mut inner = sim.lock();
+            (inner.memory, inner.disk) = (memory, disk);
+        }
+        sim
+    }
+
     pub fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock()
     }
@@ -606,6 +616,47 @@ impl Pair {
             shadow_handle,
             stop: Arc::default(),
         }
+    }
+
+    /// B of `old` as primary, A of `old` as its shadow from the final epoch `from`.
+    pub fn swapped(old: &Pair, from: CommittedState) -> Pair {
+        let mut config = quick();
+        config.start = Start::Synced { at: from.epoch };
+        let mut pair = Pair::with(22, config.clone(), shadow_config(), 1_000_000_000);
+        let (memory, disk) = (old.copy.memory.lock().clone(), old.disk.0.lock().0.clone());
+        pair.sim = Sim::from(memory, disk, 23);
+        pair.sim.track_dirty(true).unwrap();
+        let (net, bounds) = (Net::default(), BarrierConfig::default());
+        let bounds = BarrierConfig {
+            permission_ns: 1_000_000_000,
+            ..bounds
+        };
+        let barrier = Barrier::new(bounds, Box::new(net.clone()), Arc::new(Boottime));
+        pair.barrier = Arc::new(barrier);
+        pair.net = net;
+        old.shadow_handle
+            .with_outputs(|outputs| pair.barrier.promote(ft(A, B), outputs, from.epoch));
+        (pair.primary, pair.primary_handle) = PrimaryEngine::new(
+            config,
+            pair.sim.clone(),
+            Source(pair.sim.clone(), 0),
+            pair.enter.clone(),
+            pair.barrier.clone(),
+            Arc::new(Boottime),
+        );
+        let handle = pair.primary_handle.clone();
+        pair.barrier.on_pending(move || handle.wake());
+        *pair.copy.memory.lock() = old.sim.lock().memory.clone();
+        *pair.disk.0.lock() = (old.sim.lock().disk.clone(), from.epoch.0, true);
+        (pair.shadow, pair.shadow_handle) = ShadowEngine::new(
+            shadow_config(),
+            pair.copy.clone(),
+            pair.disk.clone(),
+            Some(from),
+            pair.seen.clone(),
+            Arc::new(Boottime),
+        );
+        pair
     }
 
     /// The guest's workload in a thread, until `stop`.
