@@ -29,6 +29,8 @@ pub enum Fault {
     Swap(u64, u64),
     /// Every write takes this long.
     Slow(Duration),
+    /// Every n-th write takes this long.
+    Hiccup(u64, Duration),
 }
 
 /// A direction with a fault.
@@ -37,6 +39,7 @@ pub struct Faulty {
     fault: Fault,
     at: u64,
     acks: u64,
+    writes: u64,
     written: Arc<AtomicU64>,
     copy: Option<Arc<Mutex<Vec<u8>>>>,
 }
@@ -60,6 +63,13 @@ impl Write for Faulty {
             Fault::None => self.send(bytes)?,
             Fault::Slow(time) => {
                 std::thread::sleep(time);
+                self.send(bytes)?;
+            }
+            Fault::Hiccup(every, time) => {
+                self.writes += 1;
+                if self.writes.is_multiple_of(every) {
+                    std::thread::sleep(time);
+                }
                 self.send(bytes)?;
             }
             Fault::Cut(at) => {
@@ -151,6 +161,7 @@ pub fn cable(forward: Fault, backward: Fault, meter: &Meter) -> (PrimaryLink, Sh
         fault,
         at: 0,
         acks: 0,
+        writes: 0,
         written: written.clone(),
         copy,
     };
