@@ -47,8 +47,13 @@ impl Cmdline {
     /// Reads a command line.
     #[must_use]
     pub fn parse(text: &str) -> Self {
-        let mut it =
-            Self { windows: Vec::new(), ips: Vec::new(), gateway: None, cpus: 1, quiet: false };
+        let mut it = Self {
+            windows: Vec::new(),
+            ips: Vec::new(),
+            gateway: None,
+            cpus: 1,
+            quiet: false,
+        };
         for word in text.split_ascii_whitespace() {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             match key {
@@ -94,7 +99,10 @@ fn number(text: &str) -> Option<u64> {
 fn cidr(value: &str) -> Option<Cidr> {
     let (addr, prefix) = value.split_once('/').unwrap_or((value, "24"));
     let prefix = prefix.parse::<u8>().ok().filter(|p| *p <= 32)?;
-    Some(Cidr { addr: addr.parse().ok()?, prefix })
+    Some(Cidr {
+        addr: addr.parse().ok()?,
+        prefix,
+    })
 }
 
 #[cfg(test)]
@@ -109,10 +117,31 @@ mod tests {
         );
         assert_eq!(
             it.windows,
-            [Window { addr: 0xd000_0000, irq: 5 }, Window { addr: 0xfeb0_0e00, irq: 12 }]
+            [
+                Window {
+                    addr: 0xd000_0000,
+                    irq: 5
+                },
+                Window {
+                    addr: 0xfeb0_0e00,
+                    irq: 12
+                }
+            ]
         );
-        assert_eq!(it.ips[0], Cidr { addr: Ipv4Addr::new(10, 77, 0, 10), prefix: 16 });
-        assert_eq!(it.ips[1], Cidr { addr: Ipv4Addr::new(10, 78, 0, 2), prefix: 24 });
+        assert_eq!(
+            it.ips[0],
+            Cidr {
+                addr: Ipv4Addr::new(10, 77, 0, 10),
+                prefix: 16
+            }
+        );
+        assert_eq!(
+            it.ips[1],
+            Cidr {
+                addr: Ipv4Addr::new(10, 78, 0, 2),
+                prefix: 24
+            }
+        );
         assert_eq!(it.gateway, Some(Ipv4Addr::new(10, 77, 0, 1)));
         assert_eq!((it.cpus, it.quiet), (4, true));
     }

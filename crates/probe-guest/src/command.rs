@@ -83,13 +83,19 @@ impl<'a> Command<'a> {
             let usage = BadCommand::Usage("DIRTY <pages> <per-second> <bytes-per-page>");
             let pages = number(args.next()).ok_or(usage)?;
             match args.next() {
-                None if pages == 0 => Self::Dirty { pages, per_second: 0, bytes: 8 },
+                None if pages == 0 => Self::Dirty {
+                    pages,
+                    per_second: 0,
+                    bytes: 8,
+                },
                 second => Self::Dirty {
                     pages,
                     per_second: number(second).ok_or(usage)?,
                     bytes: match args.next() {
                         None => 8,
-                        third => number(third).filter(|b| (1..=4096).contains(b)).ok_or(usage)?,
+                        third => number(third)
+                            .filter(|b| (1..=4096).contains(b))
+                            .ok_or(usage)?,
                     },
                 },
             }
@@ -118,7 +124,10 @@ impl<'a> Command<'a> {
         } else if is("work") {
             let usage = BadCommand::Usage("WORK <seed> <steps>");
             let seed = number(args.next()).ok_or(usage)?;
-            Self::Work { seed, steps: number(args.next()).ok_or(usage)? }
+            Self::Work {
+                seed,
+                steps: number(args.next()).ok_or(usage)?,
+            }
         } else if is("workstatus") {
             Self::WorkStatus
         } else if is("counters") {
@@ -156,17 +165,31 @@ mod tests {
     fn reads_commands() {
         assert_eq!(
             Command::parse(" dirty 100 2000 64\r"),
-            Ok(Command::Dirty { pages: 100, per_second: 2000, bytes: 64 })
+            Ok(Command::Dirty {
+                pages: 100,
+                per_second: 2000,
+                bytes: 64
+            })
         );
         assert_eq!(
             Command::parse("DIRTY 0"),
-            Ok(Command::Dirty { pages: 0, per_second: 0, bytes: 8 })
+            Ok(Command::Dirty {
+                pages: 0,
+                per_second: 0,
+                bytes: 8
+            })
         );
         assert_eq!(Command::parse("spin ON"), Ok(Command::Spin(true)));
         assert_eq!(Command::parse("HASH"), Ok(Command::Hash(None)));
         assert_eq!(Command::parse("HASH 3 9"), Ok(Command::Hash(Some((3, 9)))));
         assert_eq!(Command::parse("diskhash"), Ok(Command::DiskHash(0)));
-        assert_eq!(Command::parse("WORK 7 100"), Ok(Command::Work { seed: 7, steps: 100 }));
+        assert_eq!(
+            Command::parse("WORK 7 100"),
+            Ok(Command::Work {
+                seed: 7,
+                steps: 100
+            })
+        );
         assert_eq!(Command::parse("echo a  b c"), Ok(Command::Echo("a  b c")));
         assert_eq!(Command::parse("OUTSB 4096"), Ok(Command::Outsb(4096)));
     }
@@ -175,11 +198,21 @@ mod tests {
     fn refuses_the_rest() {
         assert_eq!(Command::parse("FORMAT c"), Err(BadCommand::Unknown));
         assert_eq!(Command::parse(""), Err(BadCommand::Unknown));
-        for bad in ["DIRTY x", "DIRTY 1", "DIRTY 1 2 0", "DIRTY 1 2 4097", "HASH 1", "WORK 1"]
-            .into_iter()
-            .chain(["OUTSB 4097", "SPIN", "COUNT -1", "CLOCK now", "DISKHASH a"])
+        for bad in [
+            "DIRTY x",
+            "DIRTY 1",
+            "DIRTY 1 2 0",
+            "DIRTY 1 2 4097",
+            "HASH 1",
+            "WORK 1",
+        ]
+        .into_iter()
+        .chain(["OUTSB 4097", "SPIN", "COUNT -1", "CLOCK now", "DISKHASH a"])
         {
-            assert!(matches!(Command::parse(bad), Err(BadCommand::Usage(_))), "{bad}");
+            assert!(
+                matches!(Command::parse(bad), Err(BadCommand::Usage(_))),
+                "{bad}"
+            );
         }
     }
 }

@@ -15,12 +15,17 @@ pub struct Digest {
 
 impl Default for Digest {
     fn default() -> Self {
-        Self { lanes: [P1.wrapping_add(P2), P2, 0, 0u64.wrapping_sub(P1)], len: 0 }
+        Self {
+            lanes: [P1.wrapping_add(P2), P2, 0, 0u64.wrapping_sub(P1)],
+            len: 0,
+        }
     }
 }
 
 fn round(lane: u64, word: u64) -> u64 {
-    lane.wrapping_add(word.wrapping_mul(P2)).rotate_left(31).wrapping_mul(P1)
+    lane.wrapping_add(word.wrapping_mul(P2))
+        .rotate_left(31)
+        .wrapping_mul(P1)
 }
 
 impl Digest {
@@ -73,7 +78,10 @@ mod tests {
     #[test]
     fn is_xxh64() {
         assert_eq!(of(b""), 0xef46_db37_51d8_e999);
-        assert_eq!(of(b"0123456789abcdef0123456789abcdef"), 0x642a_9495_8e71_e6c5);
+        assert_eq!(
+            of(b"0123456789abcdef0123456789abcdef"),
+            0x642a_9495_8e71_e6c5
+        );
     }
 
     #[test]

@@ -18,8 +18,7 @@ const MAX_VALUE: usize = 512 * 1024;
 const MAX_REPLY: usize = 1024 * 1024;
 
 const OOM: &str = "OOM command not allowed when used memory > 'maxmemory'.";
-const WRONG_TYPE: &str =
-    "WRONGTYPE Operation against a key holding the wrong kind of value";
+const WRONG_TYPE: &str = "WRONGTYPE Operation against a key holding the wrong kind of value";
 const NOT_INTEGER: &str = "ERR value is not an integer or out of range";
 const OVERFLOW: &str = "ERR increment or decrement would overflow";
 
@@ -49,13 +48,20 @@ impl Keyspace {
     /// An empty keyspace that keeps at most `limit` bytes, overhead included.
     #[must_use]
     pub const fn new(limit: usize) -> Self {
-        Self { map: BTreeMap::new(), used: 0, limit, commands: 0 }
+        Self {
+            map: BTreeMap::new(),
+            used: 0,
+            limit,
+            commands: 0,
+        }
     }
 
     /// Runs one command and appends its reply to `out`.
     pub fn execute(&mut self, args: &[&[u8]], out: &mut Vec<u8>) -> After {
         let mut reply = Reply(out);
-        let Some((name, rest)) = args.split_first() else { return After::Continue };
+        let Some((name, rest)) = args.split_first() else {
+            return After::Continue;
+        };
         self.commands += 1;
         let mut upper = [0u8; 16];
         let Some(upper) = upper.get_mut(..name.len()) else {
@@ -70,8 +76,12 @@ impl Keyspace {
             (b"SET", [key, value]) => self.set(&[(key, value)], &mut reply),
             (b"SET", [_, _, ..]) => reply.error("ERR syntax error"),
             (b"MSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
-                let pairs: Vec<_> =
-                    pairs.as_chunks::<2>().0.iter().map(|[k, v]| (*k, *v)).collect();
+                let pairs: Vec<_> = pairs
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .map(|[k, v]| (*k, *v))
+                    .collect();
                 self.set(&pairs, &mut reply);
             }
             (b"GET", [key]) => match self.map.get(*key) {
@@ -156,7 +166,9 @@ impl Keyspace {
                 let name = core::str::from_utf8(name).unwrap_or("?");
                 if KNOWN.contains(&name) {
                     let name = name.to_ascii_lowercase();
-                    reply.error(&format!("ERR wrong number of arguments for '{name}' command"));
+                    reply.error(&format!(
+                        "ERR wrong number of arguments for '{name}' command"
+                    ));
                 } else {
                     reply.error(&format!("ERR unknown command '{name}'"));
                 }
@@ -170,7 +182,10 @@ impl Keyspace {
     }
 
     fn set(&mut self, pairs: &[(&[u8], &[u8])], reply: &mut Reply<'_>) {
-        let cost: usize = pairs.iter().map(|(k, v)| k.len() + v.len() + OVERHEAD).sum();
+        let cost: usize = pairs
+            .iter()
+            .map(|(k, v)| k.len() + v.len() + OVERHEAD)
+            .sum();
         if !self.fits(cost) {
             return reply.error(OOM);
         }
@@ -238,14 +253,20 @@ impl Keyspace {
     }
 
     fn add(&mut self, key: &[u8], by: Option<i64>, reply: &mut Reply<'_>) {
-        let Some(by) = by else { return reply.error(NOT_INTEGER) };
+        let Some(by) = by else {
+            return reply.error(NOT_INTEGER);
+        };
         let now = match self.map.get(key) {
             None => Some(0),
             Some(Value::Text(text)) => integer(text),
             Some(Value::List(_)) => return reply.error(WRONG_TYPE),
         };
-        let Some(now) = now else { return reply.error(NOT_INTEGER) };
-        let Some(sum) = now.checked_add(by) else { return reply.error(OVERFLOW) };
+        let Some(now) = now else {
+            return reply.error(NOT_INTEGER);
+        };
+        let Some(sum) = now.checked_add(by) else {
+            return reply.error(OVERFLOW);
+        };
         let mut digits = Decimal::default();
         let digits = digits.write(sum);
         if let Some(Value::Text(text)) = self.map.get_mut(key) {
@@ -295,7 +316,11 @@ impl Keyspace {
             None => return reply.null(),
             Some(Value::Text(_)) => return reply.error(WRONG_TYPE),
             Some(Value::List(list)) => {
-                let item = if front { list.pop_front() } else { list.pop_back() };
+                let item = if front {
+                    list.pop_front()
+                } else {
+                    list.pop_back()
+                };
                 (item, list.is_empty())
             }
         };
@@ -335,7 +360,9 @@ impl Keyspace {
     }
 
     fn remove(&mut self, key: &[u8]) -> bool {
-        let Some(value) = self.map.remove(key) else { return false };
+        let Some(value) = self.map.remove(key) else {
+            return false;
+        };
         let inside = match value {
             Value::Text(text) => text.len(),
             Value::List(list) => list.iter().map(|i| i.len() + OVERHEAD).sum(),
@@ -347,8 +374,11 @@ impl Keyspace {
     fn config(&self, names: &[&[u8]], reply: &mut Reply<'_>) {
         let mut limit = Decimal::default();
         let limit = limit.write(self.limit as i64);
-        let known: [(&[u8], &[u8]); 3] =
-            [(b"save", b""), (b"appendonly", b"no"), (b"maxmemory", limit)];
+        let known: [(&[u8], &[u8]); 3] = [
+            (b"save", b""),
+            (b"appendonly", b"no"),
+            (b"maxmemory", limit),
+        ];
         let asked = || known.iter().filter(|(k, _)| names.iter().any(|n| n == k));
         reply.array(asked().count() * 2);
         for (key, value) in asked() {
@@ -414,11 +444,17 @@ mod tests {
         assert_eq!(run(k, "SET a 23"), "+OK\r\n");
         assert_eq!(run(k, "GET a"), "$2\r\n23\r\n");
         assert_eq!(run(k, "MSET b x c y"), "+OK\r\n");
-        assert_eq!(run(k, "MGET a no c"), "*3\r\n$2\r\n23\r\n$-1\r\n$1\r\ny\r\n");
+        assert_eq!(
+            run(k, "MGET a no c"),
+            "*3\r\n$2\r\n23\r\n$-1\r\n$1\r\ny\r\n"
+        );
         assert_eq!(run(k, "APPEND b yz"), ":3\r\n");
         assert_eq!(run(k, "DEL a b no"), ":2\r\n");
         assert_eq!(run(k, "DBSIZE"), ":1\r\n");
-        assert_eq!(run(k, "GET"), "-ERR wrong number of arguments for 'get' command\r\n");
+        assert_eq!(
+            run(k, "GET"),
+            "-ERR wrong number of arguments for 'get' command\r\n"
+        );
         assert_eq!(run(k, "NOPE 1"), "-ERR unknown command 'NOPE'\r\n");
     }
 
@@ -428,13 +464,22 @@ mod tests {
         assert_eq!(run(k, "INCR n"), ":1\r\n");
         assert_eq!(run(k, "INCRBY n 41"), ":42\r\n");
         assert_eq!(run(k, "SET n 9223372036854775807"), "+OK\r\n");
-        assert_eq!(run(k, "INCR n"), "-ERR increment or decrement would overflow\r\n");
+        assert_eq!(
+            run(k, "INCR n"),
+            "-ERR increment or decrement would overflow\r\n"
+        );
         assert_eq!(run(k, "SET n -9223372036854775808"), "+OK\r\n");
-        assert_eq!(run(k, "DECR n"), "-ERR increment or decrement would overflow\r\n");
+        assert_eq!(
+            run(k, "DECR n"),
+            "-ERR increment or decrement would overflow\r\n"
+        );
         assert_eq!(run(k, "INCR n"), ":-9223372036854775807\r\n");
         for bad in ["x", "007", "+1", "1.0"] {
             run(k, &format!("SET n {bad}"));
-            assert_eq!(run(k, "INCR n"), "-ERR value is not an integer or out of range\r\n");
+            assert_eq!(
+                run(k, "INCR n"),
+                "-ERR value is not an integer or out of range\r\n"
+            );
         }
     }
 
@@ -443,8 +488,14 @@ mod tests {
         let k = &mut Keyspace::new(1 << 20);
         assert_eq!(run(k, "LPUSH l a b"), ":2\r\n");
         assert_eq!(run(k, "RPUSH l c"), ":3\r\n");
-        assert_eq!(run(k, "LRANGE l 0 -1"), "*3\r\n$1\r\nb\r\n$1\r\na\r\n$1\r\nc\r\n");
-        assert_eq!(run(k, "LRANGE l -9223372036854775808 0"), "*1\r\n$1\r\nb\r\n");
+        assert_eq!(
+            run(k, "LRANGE l 0 -1"),
+            "*3\r\n$1\r\nb\r\n$1\r\na\r\n$1\r\nc\r\n"
+        );
+        assert_eq!(
+            run(k, "LRANGE l -9223372036854775808 0"),
+            "*1\r\n$1\r\nb\r\n"
+        );
         assert_eq!(run(k, "LRANGE l 5 9"), "*0\r\n");
         assert_eq!(run(k, "GET l"), std::format!("-{WRONG_TYPE}\r\n"));
         assert_eq!(run(k, "INCR l"), std::format!("-{WRONG_TYPE}\r\n"));

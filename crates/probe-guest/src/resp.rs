@@ -155,7 +155,8 @@ impl Reply<'_> {
         impl core::fmt::Write for Sink<'_> {
             fn write_str(&mut self, s: &str) -> core::fmt::Result {
                 // A line break inside would end the reply early.
-                self.0.extend(s.bytes().map(|b| if b < b' ' { b' ' } else { b }));
+                self.0
+                    .extend(s.bytes().map(|b| if b < b' ' { b' ' } else { b }));
                 Ok(())
             }
         }
@@ -173,7 +174,10 @@ mod tests {
     fn words(input: &[u8]) -> (Parsed, Vec<Vec<u8>>) {
         let mut args = Vec::new();
         let parsed = parse(input, &mut args);
-        (parsed, args.into_iter().map(|r| input[r].to_vec()).collect())
+        (
+            parsed,
+            args.into_iter().map(|r| input[r].to_vec()).collect(),
+        )
     }
 
     #[test]
@@ -181,7 +185,10 @@ mod tests {
         let input = b"*2\r\n$4\r\nECHO\r\n$3\r\na\r\n\r\n*1\r\n";
         assert_eq!(
             words(input),
-            (Parsed::Complete(23), vec![b"ECHO".to_vec(), b"a\r\n".to_vec()])
+            (
+                Parsed::Complete(23),
+                vec![b"ECHO".to_vec(), b"a\r\n".to_vec()]
+            )
         );
         assert_eq!(
             words(b"GET  key\r\nrest"),
@@ -212,7 +219,11 @@ mod tests {
             b"*\r\n",
             b"*1\rx",
         ] {
-            assert!(matches!(words(bad).0, Parsed::Invalid(_)), "{}", bad.escape_ascii());
+            assert!(
+                matches!(words(bad).0, Parsed::Invalid(_)),
+                "{}",
+                bad.escape_ascii()
+            );
         }
         assert!(matches!(words(&[b'x'; 9000]).0, Parsed::Invalid(_)));
     }
@@ -227,6 +238,9 @@ mod tests {
         r.array(2);
         r.bulk(b"x\r\n");
         r.null();
-        assert_eq!(out, b"+OK\r\n-ERR a  b\r\n:-3\r\n*2\r\n$3\r\nx\r\n\r\n$-1\r\n");
+        assert_eq!(
+            out,
+            b"+OK\r\n-ERR a  b\r\n:-3\r\n*2\r\n$3\r\nx\r\n\r\n$-1\r\n"
+        );
     }
 }

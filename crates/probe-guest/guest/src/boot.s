@@ -182,6 +182,7 @@ long_mode:
 # Copied below 1 MiB for the start-up IPI; runs in real mode with CS:0 = its first byte.
 .code16
 .globl ap_start, ap_start_end
+    .balign 16
 ap_start:
     jmp 6f
     .balign 8

@@ -43,9 +43,15 @@ pub fn memory() -> Option<[Ram; 2]> {
             continue;
         }
         if base <= behind && behind < end {
-            ram[0] = Ram { base: behind, end: end.min(LOW_END) };
+            ram[0] = Ram {
+                base: behind,
+                end: end.min(LOW_END),
+            };
         } else if base >= 4 << 30 && ram[1].end == 0 && base < MAPPED_END {
-            ram[1] = Ram { base: base.next_multiple_of(PAGE), end: end.min(MAPPED_END) };
+            ram[1] = Ram {
+                base: base.next_multiple_of(PAGE),
+                end: end.min(MAPPED_END),
+            };
         }
     }
     (ram[0].end > ram[0].base).then_some(ram)
@@ -73,6 +79,18 @@ pub fn cmdline() -> String {
 pub fn divide(ram: [Ram; 2]) -> (Ram, Arena) {
     let [low, high] = ram;
     let size = ((low.end - low.base) / 4).min(512 << 20) & !(PAGE - 1);
-    let heap = Ram { base: low.base, end: low.base + size };
-    (heap, Arena::new([Ram { base: heap.end, end: low.end }, high]))
+    let heap = Ram {
+        base: low.base,
+        end: low.base + size,
+    };
+    (
+        heap,
+        Arena::new([
+            Ram {
+                base: heap.end,
+                end: low.end,
+            },
+            high,
+        ]),
+    )
 }

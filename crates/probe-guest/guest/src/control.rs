@@ -88,10 +88,20 @@ impl Control {
     ) -> Consumed {
         let (text, bytes) = match line(input, MAX_LINE) {
             Ok(Some(found)) => found,
-            Ok(None) => return Consumed { bytes: 0, close: false, wait: false },
+            Ok(None) => {
+                return Consumed {
+                    bytes: 0,
+                    close: false,
+                    wait: false,
+                };
+            }
             Err(()) => {
                 out.extend_from_slice(b"ERR line too long\n");
-                return Consumed { bytes: input.len(), close: true, wait: false };
+                return Consumed {
+                    bytes: input.len(),
+                    close: true,
+                    wait: false,
+                };
             }
         };
         let text = core::str::from_utf8(text).unwrap_or("?");
@@ -99,9 +109,17 @@ impl Control {
             Outcome::Reply(reply) => {
                 out.extend_from_slice(reply.as_bytes());
                 out.push(b'\n');
-                Consumed { bytes, close: false, wait: false }
+                Consumed {
+                    bytes,
+                    close: false,
+                    wait: false,
+                }
             }
-            Outcome::Later => Consumed { bytes, close: false, wait: true },
+            Outcome::Later => Consumed {
+                bytes,
+                close: false,
+                wait: true,
+            },
         }
     }
 
@@ -124,7 +142,11 @@ impl Control {
                 DISKHASH [dev] | WORK <seed> <steps> | WORKSTATUS | COUNTERS | COUNT <n> | \
                 OUTSB <n> | CRASH | POWEROFF | REBOOT"
                 .into(),
-            Ok(Command::Dirty { pages, per_second, bytes }) => {
+            Ok(Command::Dirty {
+                pages,
+                per_second,
+                bytes,
+            }) => {
                 let room = self.arena.pages() - self.work_pages;
                 if pages > room {
                     format!("ERR at most {room} pages in this machine")
@@ -144,24 +166,33 @@ impl Control {
             }
             Ok(Command::Hash(range)) => {
                 let (start, n) = range.unwrap_or((0, self.work_pages));
-                match start.checked_add(n).filter(|end| *end <= self.arena.pages()) {
+                match start
+                    .checked_add(n)
+                    .filter(|end| *end <= self.arena.pages())
+                {
                     None => format!("ERR the arena has {} pages", self.arena.pages()),
                     Some(end) => {
                         return self.start(origin, DigestJob::arena(self.arena, start, end));
                     }
                 }
             }
-            Ok(Command::DiskHash(n)) => match usize::try_from(n).ok().filter(|n| *n < disks.len())
-            {
-                None => format!("ERR there are {} disks", disks.len()),
-                Some(n) => return self.start(origin, DigestJob::disk(n)),
-            },
+            Ok(Command::DiskHash(n)) => {
+                match usize::try_from(n).ok().filter(|n| *n < disks.len()) {
+                    None => format!("ERR there are {} disks", disks.len()),
+                    Some(n) => return self.start(origin, DigestJob::disk(n)),
+                }
+            }
             Ok(Command::Work { seed, steps }) => {
                 if self.work.as_ref().is_some_and(|w| !w.finished()) {
                     "ERR work is under way".into()
                 } else {
-                    self.work =
-                        Some(Work::new(seed, steps, self.arena, self.work_pages, disks.last()));
+                    self.work = Some(Work::new(
+                        seed,
+                        steps,
+                        self.arena,
+                        self.work_pages,
+                        disks.last(),
+                    ));
                     "OK".into()
                 }
             }
@@ -212,10 +243,13 @@ impl Control {
     fn counters(&self) -> String {
         let mut text = format!("cpus={}", self.cpus);
         for (cpu, done) in DONE.iter().enumerate().take(self.cpus) {
-            let get = |n: &core::sync::atomic::AtomicU64| {
-                n.load(core::sync::atomic::Ordering::Relaxed)
+            let get =
+                |n: &core::sync::atomic::AtomicU64| n.load(core::sync::atomic::Ordering::Relaxed);
+            let armed = if cpu == 0 {
+                self.armed
+            } else {
+                get(&done.armed)
             };
-            let armed = if cpu == 0 { self.armed } else { get(&done.armed) };
             text += &format!(
                 " cpu{cpu}.armed={armed} cpu{cpu}.ticks={} cpu{cpu}.interrupts={} \
                  cpu{cpu}.writes={} cpu{cpu}.spins={}",

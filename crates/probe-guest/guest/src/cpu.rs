@@ -137,7 +137,9 @@ impl Timer {
         if pending && self.armed_until <= deadline {
             return;
         }
-        let delay = deadline.saturating_sub(now).clamp(TIMER_MIN_NS, TIMER_MAX_NS);
+        let delay = deadline
+            .saturating_sub(now)
+            .clamp(TIMER_MIN_NS, TIMER_MAX_NS);
         self.armed_until = now + delay;
         self.armed += 1;
         lapic_write(TIMER_COUNT, delay as u32);
@@ -189,7 +191,8 @@ impl Clock {
         let now = self.raw();
         let last = self.last.load(Ordering::Relaxed);
         if now < last {
-            self.backward.store(self.backward.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+            self.backward
+                .store(self.backward.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             return last;
         }
         self.last.store(now, Ordering::Relaxed);
@@ -198,13 +201,19 @@ impl Clock {
 
     /// Nanoseconds as the source gives them.
     pub fn raw(&self) -> u64 {
-        if self.kvmclock && let Some((stamp, time, scale, shift)) = kvmclock_record() {
+        if self.kvmclock
+            && let Some((stamp, time, scale, shift)) = kvmclock_record()
+        {
             let delta = rdtsc().saturating_sub(stamp);
-            let delta = if shift < 0 { delta >> -shift } else { delta << shift };
-            return time.wrapping_add((u128::from(delta) * u128::from(scale) >> 32) as u64);
+            let delta = if shift < 0 {
+                delta >> -shift
+            } else {
+                delta << shift
+            };
+            return time.wrapping_add(((u128::from(delta) * u128::from(scale)) >> 32) as u64);
         }
         let delta = rdtsc().wrapping_sub(self.tsc_base);
-        (u128::from(delta) * u128::from(self.tsc_scale) >> 32) as u64
+        ((u128::from(delta) * u128::from(self.tsc_scale)) >> 32) as u64
     }
 
     /// `kvmclock` or `tsc`.

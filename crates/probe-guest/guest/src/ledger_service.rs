@@ -111,7 +111,10 @@ impl Ledger {
             }
             What::Append(rest.to_vec())
         } else if word.eq_ignore_ascii_case(b"read") {
-            match core::str::from_utf8(rest).ok().and_then(|n| n.trim().parse::<u64>().ok()) {
+            match core::str::from_utf8(rest)
+                .ok()
+                .and_then(|n| n.trim().parse::<u64>().ok())
+            {
                 Some(n) if n < self.tail => What::Read(n),
                 Some(_) => {
                     out.extend_from_slice(b"ERR no such record\n");
@@ -129,7 +132,11 @@ impl Ledger {
             out.extend_from_slice(b"ERR usage: APPEND <payload> | READ <number> | TAIL\n");
             return done(taken, false, false);
         };
-        self.queue.push(Request { conn, generation, what });
+        self.queue.push(Request {
+            conn,
+            generation,
+            what,
+        });
         done(taken, false, true)
     }
 
@@ -153,8 +160,7 @@ impl Ledger {
     fn begin(&mut self, disk: &mut Blk, conns: &mut [Conn]) {
         if let What::Read(number) = self.queue[0].what {
             // SAFETY: the buffer is the ledger's own and is left alone until the ticket is taken.
-            self.ticket =
-                unsafe { disk.submit(Op::Read, number, &raw mut self.buffer[..RECORD]) };
+            self.ticket = unsafe { disk.submit(Op::Read, number, &raw mut self.buffer[..RECORD]) };
             if self.ticket.is_some() {
                 self.phase = Phase::Reading { number };
             }
@@ -167,7 +173,9 @@ impl Ledger {
         let (mut count, mut link) = (0, self.link);
         let slots = self.buffer.as_chunks_mut::<RECORD>().0;
         for (request, slot) in self.queue.iter().zip(slots).take(room) {
-            let What::Append(payload) = &request.what else { break };
+            let What::Append(payload) = &request.what else {
+                break;
+            };
             match ledger::encode(self.tail + count as u64, link, payload, slot) {
                 Ok(next) => link = next,
                 Err(_) => break,
@@ -175,9 +183,8 @@ impl Ledger {
             count += 1;
         }
         // SAFETY: as above.
-        self.ticket = unsafe {
-            disk.submit(Op::Write, self.tail, &raw mut self.buffer[..count * RECORD])
-        };
+        self.ticket =
+            unsafe { disk.submit(Op::Write, self.tail, &raw mut self.buffer[..count * RECORD]) };
         if self.ticket.is_some() {
             self.phase = Phase::Writing { count, link };
         }
@@ -228,7 +235,9 @@ impl Ledger {
     }
 
     fn failed(&mut self, count: usize, conns: &mut [Conn]) {
-        self.answer(count, conns, |_| "ERR the disk failed; nothing recorded\n".into());
+        self.answer(count, conns, |_| {
+            "ERR the disk failed; nothing recorded\n".into()
+        });
     }
 
     /// Answers the front `count` requests.

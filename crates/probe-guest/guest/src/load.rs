@@ -45,7 +45,11 @@ pub struct Done {
 
 /// Per CPU.
 pub static DONE: [Done; MAX_CPUS] = [const {
-    Done { writes: AtomicU64::new(0), spins: AtomicU64::new(0), armed: AtomicU64::new(0) }
+    Done {
+        writes: AtomicU64::new(0),
+        spins: AtomicU64::new(0),
+        armed: AtomicU64::new(0),
+    }
 }; MAX_CPUS];
 
 impl Orders {
@@ -76,8 +80,8 @@ impl Orders {
     fn changed(&self) {
         self.version.fetch_add(1, Ordering::Release);
         // Halted generators look again.
-        for cpu in 1..=self.workers.load(Ordering::Relaxed) {
-            if cpu < MAX_CPUS && STARTED[cpu].load(Ordering::Relaxed) {
+        for (cpu, started) in STARTED.iter().enumerate() {
+            if started.load(Ordering::Relaxed) {
                 cpu::wake(cpu);
             }
         }
@@ -104,8 +108,19 @@ impl Worker {
     pub fn new(cpu: usize, index: usize, arena: Arena, first_page: u64) -> Self {
         let index = index as u64;
         let (version, pages, rate, bytes) = (0, 0, 0, 8);
-        Self { cpu, index, arena, first_page, version, pages, rate, bytes, since: 0, done: 0,
-               page: index }
+        Self {
+            cpu,
+            index,
+            arena,
+            first_page,
+            version,
+            pages,
+            rate,
+            bytes,
+            since: 0,
+            done: 0,
+            page: index,
+        }
     }
 
     fn look(&mut self, now: u64) {
@@ -130,8 +145,8 @@ impl Worker {
         if self.pages == 0 || self.rate == 0 {
             return None;
         }
-        let due = u128::from(now.saturating_sub(self.since)) * u128::from(self.rate)
-            / u128::from(SECOND);
+        let due =
+            u128::from(now.saturating_sub(self.since)) * u128::from(self.rate) / u128::from(SECOND);
         let due = due as u64;
         // What a stall of more than a second kept from being done is not made up for.
         if due.saturating_sub(self.done) > self.rate {
@@ -157,13 +172,22 @@ impl Worker {
         if page >= self.pages {
             return;
         }
-        let Some((at, _)) = self.arena.run(self.first_page + page) else { return };
-        let value = self.done.wrapping_add(page).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let Some((at, _)) = self.arena.run(self.first_page + page) else {
+            return;
+        };
+        let value = self
+            .done
+            .wrapping_add(page)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            | 1;
         let room = PAGE as usize - self.bytes;
         let offset = (self.done as usize).wrapping_mul(64) % (room + 1);
         for i in 0..self.bytes {
             // SAFETY: offset + i < PAGE, within an arena page, which only load is written to.
-            unsafe { at.add(offset + i).write_volatile((value >> (8 * (i % 8))) as u8) };
+            unsafe {
+                at.add(offset + i)
+                    .write_volatile((value >> (8 * (i % 8))) as u8)
+            };
         }
     }
 }

@@ -89,7 +89,11 @@ extern "C" fn main(cpu: usize) -> ! {
     }
     let shared = SHARED.load(Ordering::Acquire);
     // SAFETY: set to a leaked box by CPU 0 before it starts another CPU.
-    let Shared { clock, arena, work_pages } = unsafe { &*shared };
+    let Shared {
+        clock,
+        arena,
+        work_pages,
+    } = unsafe { &*shared };
     load::run(cpu, clock, Worker::new(cpu, cpu - 1, *arena, *work_pages))
 }
 
@@ -129,7 +133,14 @@ fn boot() -> ! {
     let mut serial = Serial::new();
 
     let work_pages = WORK_PAGES.min(arena.pages() / 4);
-    let cpus = start_cpus(cmdline.cpus, Shared { clock, arena, work_pages });
+    let cpus = start_cpus(
+        cmdline.cpus,
+        Shared {
+            clock,
+            arena,
+            work_pages,
+        },
+    );
     let (stacks, disks) = probe(&cmdline, clock, &mut serial);
     let mut it = Machine {
         control: Control::new(clock, cpus, arena, work_pages),
@@ -200,7 +211,9 @@ fn start_cpus(wanted: usize, shared: Shared) -> usize {
 fn probe(cmdline: &Cmdline, clock: &Clock, serial: &mut Serial) -> (Vec<Stack>, Vec<Blk>) {
     let (mut stacks, mut disks) = (Vec::new(), Vec::new());
     for window in &cmdline.windows {
-        let Some((transport, kind)) = Transport::probe(*window) else { continue };
+        let Some((transport, kind)) = Transport::probe(*window) else {
+            continue;
+        };
         let taken = match kind {
             NET => Net::new(transport).map(|net| {
                 let [a, b, c, d, e, f] = net.mac;
@@ -298,9 +311,10 @@ impl Machine {
         for disk in &mut self.disks {
             disk.poll();
         }
-        self.serial.poll(percpu::pin_count(serial::PIN), |serial, text| {
-            self.control.console(text, &self.disks, serial);
-        });
+        self.serial
+            .poll(percpu::pin_count(serial::PIN), |serial, text| {
+                self.control.console(text, &self.disks, serial);
+            });
         if let (Some(first), Some(services)) = (self.stacks.first_mut(), &mut self.services) {
             active |= services.poll(&mut first.sockets);
             for (i, conn) in self.control_conns.iter_mut().enumerate() {
@@ -324,7 +338,9 @@ impl Machine {
         for (stack, echo) in self.stacks.iter_mut().skip(1).zip(&self.further_echo) {
             active |= services::udp_echo(&mut stack.sockets, *echo);
         }
-        active |= self.control.poll(&mut self.control_conns, &mut self.disks, &mut self.serial);
+        active |= self
+            .control
+            .poll(&mut self.control_conns, &mut self.disks, &mut self.serial);
         for disk in &mut self.disks {
             disk.poll();
         }

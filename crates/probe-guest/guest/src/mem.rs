@@ -16,7 +16,11 @@ static HEAP: Talck<AssumeUnlockable, ErrOnOom> = Talc::new(ErrOnOom).lock();
 /// The range is RAM that nothing else uses, now or later.
 pub unsafe fn give_heap(base: usize, end: usize) -> bool {
     // SAFETY: passed on from the caller.
-    unsafe { HEAP.lock().claim(Span::new(base as *mut u8, end as *mut u8)).is_ok() }
+    unsafe {
+        HEAP.lock()
+            .claim(Span::new(base as *mut u8, end as *mut u8))
+            .is_ok()
+    }
 }
 
 /// C `memcpy`.

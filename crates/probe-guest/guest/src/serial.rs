@@ -32,13 +32,22 @@ pub struct Serial {
 impl Serial {
     /// Sets up 115200 8N1 with FIFO, receive interrupt on.
     pub fn new() -> Self {
-        for (port, value) in
-            [(LCR, 0x80), (DATA, 1), (IER, 0), (LCR, 3), (FCR, 7), (MCR, 0xb), (IER, 1)]
-        {
+        for (port, value) in [
+            (LCR, 0x80),
+            (DATA, 1),
+            (IER, 0),
+            (LCR, 3),
+            (FCR, 7),
+            (MCR, 0xb),
+            (IER, 1),
+        ] {
             outb(port, value);
         }
         // Bytes may have come before the interrupt was on: look once.
-        Self { seen: u32::MAX, ..Self::default() }
+        Self {
+            seen: u32::MAX,
+            ..Self::default()
+        }
     }
 
     /// Queues text; lines end with CR LF on the wire.

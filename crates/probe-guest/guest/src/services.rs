@@ -59,9 +59,19 @@ impl Services {
     pub fn poll(&mut self, sockets: &mut SocketSet<'static>) -> bool {
         let mut active = udp_echo(sockets, self.udp_echo);
         active |= self.nonce(sockets);
-        let Self { resp, http, echo, keys, args, out, .. } = self;
+        let Self {
+            resp,
+            http,
+            echo,
+            keys,
+            args,
+            out,
+            ..
+        } = self;
         for conn in resp {
-            active |= conn.pump(sockets, out, |input, out| serve_resp(keys, args, input, out));
+            active |= conn.pump(sockets, out, |input, out| {
+                serve_resp(keys, args, input, out)
+            });
         }
         for conn in http {
             active |= conn.pump(sockets, out, serve_http);
@@ -69,7 +79,11 @@ impl Services {
         for conn in echo {
             active |= conn.pump(sockets, out, |input, out| {
                 out.extend_from_slice(input);
-                Consumed { bytes: input.len(), close: false, wait: false }
+                Consumed {
+                    bytes: input.len(),
+                    close: false,
+                    wait: false,
+                }
             });
         }
         active
@@ -99,7 +113,9 @@ pub fn udp_echo(sockets: &mut SocketSet<'static>, handle: SocketHandle) -> bool 
     let mut active = false;
     let mut copy = [0; 1536];
     while socket.can_send() {
-        let Ok((data, from)) = socket.recv() else { break };
+        let Ok((data, from)) = socket.recv() else {
+            break;
+        };
         if let Some(copy) = copy.get_mut(..data.len()) {
             copy.copy_from_slice(data);
             // As above.
@@ -124,7 +140,11 @@ fn serve_resp(
             Parsed::Incomplete => break,
             Parsed::Invalid(text) => {
                 Reply(out).error(text);
-                return Consumed { bytes: input.len(), close: true, wait: false };
+                return Consumed {
+                    bytes: input.len(),
+                    close: true,
+                    wait: false,
+                };
             }
         };
         let mut few: [&[u8]; 8] = [&[]; 8];
@@ -139,10 +159,18 @@ fn serve_resp(
         };
         at += used;
         if after == After::Close {
-            return Consumed { bytes: input.len(), close: true, wait: false };
+            return Consumed {
+                bytes: input.len(),
+                close: true,
+                wait: false,
+            };
         }
     }
-    Consumed { bytes: at, close: false, wait: false }
+    Consumed {
+        bytes: at,
+        close: false,
+        wait: false,
+    }
 }
 
 fn serve_http(input: &[u8], out: &mut Vec<u8>) -> Consumed {
@@ -152,10 +180,17 @@ fn serve_http(input: &[u8], out: &mut Vec<u8>) -> Consumed {
         if close {
             out.extend_from_slice(b"HTTP/1.1 431 Too Large\r\nContent-Length: 0\r\n\r\n");
         }
-        return Consumed { bytes: if close { input.len() } else { 0 }, close, wait: false };
+        return Consumed {
+            bytes: if close { input.len() } else { 0 },
+            close,
+            wait: false,
+        };
     };
     let head = &input[..end];
-    let request = line(input, MAX_HEAD).ok().flatten().map_or(&b""[..], |(text, _)| text);
+    let request = line(input, MAX_HEAD)
+        .ok()
+        .flatten()
+        .map_or(&b""[..], |(text, _)| text);
     let mut words = request.split(|b| *b == b' ');
     let (method, path) = (words.next().unwrap_or(b""), words.next().unwrap_or(b""));
     let keep = request.ends_with(b"HTTP/1.1")
@@ -175,5 +210,9 @@ fn serve_http(input: &[u8], out: &mut Vec<u8>) -> Consumed {
     out.extend_from_slice(answer);
     // A body would be taken for the next request.
     let close = !keep || !matches!(method, b"GET" | b"HEAD");
-    Consumed { bytes: end + 4, close, wait: false }
+    Consumed {
+        bytes: end + 4,
+        close,
+        wait: false,
+    }
 }

@@ -3,9 +3,7 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use smoltcp::iface::{
-    Config, Interface, PollIngressSingleResult, SocketHandle, SocketSet,
-};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, SocketHandle, SocketSet};
 use smoltcp::socket::{tcp, udp};
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, IpCidr};
@@ -48,7 +46,11 @@ impl Stack {
             // Likewise for the first route.
             let _ = iface.routes_mut().add_default_ipv4_route(gateway);
         }
-        Self { device, iface, sockets: SocketSet::new(vec![]) }
+        Self {
+            device,
+            iface,
+            sockets: SocketSet::new(vec![]),
+        }
     }
 
     /// Adds a UDP socket bound to `port`.
@@ -81,11 +83,10 @@ impl Stack {
         let mut some = false;
         self.device.acknowledge();
         for _ in 0..128 {
-            match self.iface.poll_ingress_single(
-                instant(now),
-                &mut self.device,
-                &mut self.sockets,
-            ) {
+            match self
+                .iface
+                .poll_ingress_single(instant(now), &mut self.device, &mut self.sockets)
+            {
                 PollIngressSingleResult::None => return some,
                 _ => some = true,
             }
@@ -96,7 +97,8 @@ impl Stack {
     /// Sends what sockets have to send; one notification for all.
     pub fn egress(&mut self, now: u64) {
         while let smoltcp::iface::PollResult::SocketStateChanged =
-            self.iface.poll_egress(instant(now), &mut self.device, &mut self.sockets)
+            self.iface
+                .poll_egress(instant(now), &mut self.device, &mut self.sockets)
         {}
         self.device.kick();
     }
@@ -190,35 +192,48 @@ impl Conn {
                 }
                 // The usual case: requests served where the stack has put them.
                 let partial = &mut self.partial;
-                socket.recv(|data| {
-                    let done = serve(data, out);
-                    if done.bytes == 0 && !done.close && !done.wait {
-                        if partial.try_reserve(data.len()).is_ok() {
-                            partial.extend_from_slice(data);
-                            return (data.len(), None);
+                socket
+                    .recv(|data| {
+                        let done = serve(data, out);
+                        if done.bytes == 0 && !done.close && !done.wait {
+                            if partial.try_reserve(data.len()).is_ok() {
+                                partial.extend_from_slice(data);
+                                return (data.len(), None);
+                            }
+                            return (
+                                data.len(),
+                                Some(Consumed {
+                                    bytes: 0,
+                                    close: true,
+                                    wait: false,
+                                }),
+                            );
                         }
-                        return (data.len(), Some(Consumed { bytes: 0, close: true, wait: false }));
-                    }
-                    (done.bytes.min(data.len()), Some(done))
-                })
-                .ok()
-                .flatten()
+                        (done.bytes.min(data.len()), Some(done))
+                    })
+                    .ok()
+                    .flatten()
             } else {
                 let before = self.partial.len();
                 let fits = before < MAX_PARTIAL;
                 let partial = &mut self.partial;
                 // Larger than any request: nobody serves it.
-                let full = !fits || socket
-                    .recv(|data| match partial.try_reserve(data.len()) {
-                        Ok(()) => {
-                            partial.extend_from_slice(data);
-                            (data.len(), false)
-                        }
-                        Err(_) => (data.len(), true),
-                    })
-                    .unwrap_or(false);
+                let full = !fits
+                    || socket
+                        .recv(|data| match partial.try_reserve(data.len()) {
+                            Ok(()) => {
+                                partial.extend_from_slice(data);
+                                (data.len(), false)
+                            }
+                            Err(_) => (data.len(), true),
+                        })
+                        .unwrap_or(false);
                 if full {
-                    Some(Consumed { bytes: 0, close: true, wait: false })
+                    Some(Consumed {
+                        bytes: 0,
+                        close: true,
+                        wait: false,
+                    })
                 } else {
                     let done = serve(&self.partial, out);
                     let n = done.bytes.min(self.partial.len());

@@ -69,7 +69,9 @@ impl Work {
         let mut disk = disk;
         for _ in 0..SLICE {
             if let Some((op, ticket)) = self.on_disk.take() {
-                let Some(disk) = disk.as_deref_mut() else { return };
+                let Some(disk) = disk.as_deref_mut() else {
+                    return;
+                };
                 let mut ticket = Some(ticket);
                 match disk.take(&mut ticket) {
                     Some(true) if op == Op::Read => {
@@ -143,21 +145,42 @@ pub struct DigestJob {
 }
 
 enum Over {
-    Arena { arena: Arena, page: u64, end: u64 },
-    Disk { disk: usize, sector: u64, ticket: Option<Ticket>, asked: usize, buffer: Vec<u8> },
+    Arena {
+        arena: Arena,
+        page: u64,
+        end: u64,
+    },
+    Disk {
+        disk: usize,
+        sector: u64,
+        ticket: Option<Ticket>,
+        asked: usize,
+        buffer: Vec<u8>,
+    },
 }
 
 impl DigestJob {
     /// Over arena pages `page..end`.
     pub fn arena(arena: Arena, page: u64, end: u64) -> Self {
-        Self { digest: Digest::default(), over: Over::Arena { arena, page, end } }
+        Self {
+            digest: Digest::default(),
+            over: Over::Arena { arena, page, end },
+        }
     }
 
     /// Over disk number `disk`.
     pub fn disk(disk: usize) -> Self {
-        let over =
-            Over::Disk { disk, sector: 0, ticket: None, asked: 0, buffer: vec![0; MAX_DATA] };
-        Self { digest: Digest::default(), over }
+        let over = Over::Disk {
+            disk,
+            sector: 0,
+            ticket: None,
+            asked: 0,
+            buffer: vec![0; MAX_DATA],
+        };
+        Self {
+            digest: Digest::default(),
+            over,
+        }
     }
 
     /// Whether it could go on without anything happening first.
@@ -174,19 +197,28 @@ impl DigestJob {
             Over::Arena { arena, page, end } => {
                 let stop = (*page + 256).min(*end);
                 while *page < stop {
-                    let Some((at, run)) = arena.run(*page) else { break };
+                    let Some((at, run)) = arena.run(*page) else {
+                        break;
+                    };
                     let n = run.min(stop - *page);
                     // SAFETY: n pages of the arena, which generators on other CPUs may be
                     // writing: what is read then is some mixture, but always plain bytes.
-                    let bytes =
-                        unsafe { core::slice::from_raw_parts(at, (n * PAGE) as usize) };
+                    let bytes = unsafe { core::slice::from_raw_parts(at, (n * PAGE) as usize) };
                     self.digest.update(bytes);
                     *page += n;
                 }
                 (*page >= *end).then(|| Ok(self.digest.value()))
             }
-            Over::Disk { disk, sector, ticket, asked, buffer } => {
-                let Some(disk) = disks.get_mut(*disk) else { return Some(Err("no such disk")) };
+            Over::Disk {
+                disk,
+                sector,
+                ticket,
+                asked,
+                buffer,
+            } => {
+                let Some(disk) = disks.get_mut(*disk) else {
+                    return Some(Err("no such disk"));
+                };
                 if ticket.is_some() {
                     match disk.take(ticket) {
                         None => return None,

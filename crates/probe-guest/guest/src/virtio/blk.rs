@@ -107,11 +107,23 @@ impl Blk {
         let sector = if op == Op::Flush { 0 } else { sector };
         // SAFETY: the slot's own 32 bytes, aligned; not the device's while the slot is free.
         unsafe {
-            at.cast::<Header>().write_volatile(Header { kind, reserved: 0, sector });
+            at.cast::<Header>().write_volatile(Header {
+                kind,
+                reserved: 0,
+                sector,
+            });
             at.add(16).write_volatile(0xff);
         }
-        let header = Buffer { addr: at, len: 16, writable: false };
-        let status = Buffer { addr: at.wrapping_add(16), len: 1, writable: true };
+        let header = Buffer {
+            addr: at,
+            len: 16,
+            writable: false,
+        };
+        let status = Buffer {
+            addr: at.wrapping_add(16),
+            len: 1,
+            writable: true,
+        };
         let first = slot as u16 * CHAIN;
         if op == Op::Flush {
             self.queue.offer(first, &[header, status]);
@@ -139,9 +151,7 @@ impl Blk {
             let slot = usize::from(first / CHAIN);
             if let Some(state @ State::Busy) = self.slots.get_mut(slot) {
                 // SAFETY: the slot's status byte; the device is done with it.
-                let status = unsafe {
-                    self.requests.add(slot * REQUEST + 16).read_volatile()
-                };
+                let status = unsafe { self.requests.add(slot * REQUEST + 16).read_volatile() };
                 *state = State::Done(status == 0);
                 self.completed += 1;
             }
@@ -150,8 +160,12 @@ impl Blk {
 
     /// If the request is done: whether it succeeded. Frees its slot.
     pub fn take(&mut self, ticket: &mut Option<Ticket>) -> Option<bool> {
-        let Some(Ticket(slot)) = ticket else { return None };
-        let State::Done(good) = self.slots[*slot] else { return None };
+        let Some(Ticket(slot)) = ticket else {
+            return None;
+        };
+        let State::Done(good) = self.slots[*slot] else {
+            return None;
+        };
         self.slots[*slot] = State::Free;
         *ticket = None;
         Some(good)

@@ -49,7 +49,11 @@ pub struct Transport {
 impl Transport {
     /// Looks at a window; gives the device's type beside its transport if there is a device.
     pub fn probe(window: Window) -> Option<(Self, u32)> {
-        let it = Self { base: window.addr as usize, pin: window.irq, seen: 0 };
+        let it = Self {
+            base: window.addr as usize,
+            pin: window.irq,
+            seen: 0,
+        };
         if it.read(MAGIC) != u32::from_le_bytes(*b"virt") || it.read(VERSION) != 2 {
             return None;
         }
@@ -110,8 +114,9 @@ impl Transport {
             features & EVENT_IDX != 0,
         );
         self.write(QUEUE_NUM, u32::from(queue::SIZE));
-        for (reg, address) in
-            [QUEUE_DESC, QUEUE_AVAIL, QUEUE_USED].into_iter().zip(queue.addresses())
+        for (reg, address) in [QUEUE_DESC, QUEUE_AVAIL, QUEUE_USED]
+            .into_iter()
+            .zip(queue.addresses())
         {
             self.write(reg, address as u32);
             self.write(reg + 4, (address >> 32) as u32);
@@ -167,8 +172,7 @@ pub fn take_dma(bytes: usize, align: usize) -> Option<&'static mut [u8]> {
     DMA_TAKEN.store(at + bytes, Ordering::Relaxed);
     // SAFETY: [at, at + bytes) is inside the array and was never handed out before (only CPU 0
     // runs drivers).
-    let piece =
-        unsafe { core::slice::from_raw_parts_mut(DMA.0.get().cast::<u8>().add(at), bytes) };
+    let piece = unsafe { core::slice::from_raw_parts_mut(DMA.0.get().cast::<u8>().add(at), bytes) };
     // boot.s leaves this memory as it was before a reset.
     piece.fill(0);
     Some(piece)

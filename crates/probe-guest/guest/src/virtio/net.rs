@@ -110,7 +110,11 @@ impl Rx {
     }
 
     fn offer(&mut self, id: u16) {
-        let b = Buffer { addr: self.at(id), len: BUFFER as u32, writable: true };
+        let b = Buffer {
+            addr: self.at(id),
+            len: BUFFER as u32,
+            writable: true,
+        };
         self.queue.offer(id, &[b]);
     }
 
@@ -152,12 +156,21 @@ impl Device for Net {
             unsafe { core::slice::from_raw_parts(self.rx.at(id).wrapping_add(HEADER), len) };
         let [received, sent] = &mut self.frames;
         *received += 1;
-        Some((RxToken(frame), TxToken { tx: &mut self.tx, sent }))
+        Some((
+            RxToken(frame),
+            TxToken {
+                tx: &mut self.tx,
+                sent,
+            },
+        ))
     }
 
     fn transmit(&mut self, _: Instant) -> Option<TxToken<'_>> {
         self.tx.reclaim();
-        (self.tx.n_free > 0).then(|| TxToken { tx: &mut self.tx, sent: &mut self.frames[1] })
+        (self.tx.n_free > 0).then(|| TxToken {
+            tx: &mut self.tx,
+            sent: &mut self.frames[1],
+        })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -195,7 +208,11 @@ impl smoltcp::phy::TxToken for TxToken<'_> {
             unsafe { core::slice::from_raw_parts_mut(at, HEADER + len) }.split_at_mut(HEADER);
         header.fill(0);
         let result = f(frame);
-        let b = Buffer { addr: at, len: (HEADER + len) as u32, writable: false };
+        let b = Buffer {
+            addr: at,
+            len: (HEADER + len) as u32,
+            writable: false,
+        };
         self.tx.queue.offer(id, &[b]);
         result
     }

@@ -78,7 +78,15 @@ impl Queue {
         event_idx: bool,
     ) -> Self {
         let mem = memory.as_mut_ptr().cast();
-        Self { mem, notify, index, event_idx, next: 0, told: 0, used: 0 }
+        Self {
+            mem,
+            notify,
+            index,
+            event_idx,
+            next: 0,
+            told: 0,
+            used: 0,
+        }
     }
 
     pub(super) fn addresses(&self) -> [u64; 3] {
