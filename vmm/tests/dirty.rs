@@ -1,6 +1,6 @@
 //! Dirty tracking misses nothing: after each epoch a shadow that got only the reported pages
 //! equals guest memory, all of it. By ring and by bitmap.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Save and restore: a guest moved again and again into fresh machines, and processes, ends as one
 //! that never moved.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Kicking, parking, and what stops a guest as a whole.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 
