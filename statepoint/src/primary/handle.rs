@@ -79,6 +79,8 @@ pub(super) struct Shared {
     pub stop: AtomicBool,
     pub last: AtomicBool,
     pub asked: AtomicBool,
+    /// The epoch thread waits for an acknowledgement or a release: only then is it woken by one.
+    pub hungry: AtomicBool,
     pub confirmed: AtomicBool,
     pub captured: AtomicU64,
     pub shipped: AtomicU64,
@@ -118,6 +120,7 @@ impl Shared {
             stop: AtomicBool::new(false),
             last: AtomicBool::new(false),
             asked: AtomicBool::new(false),
+            hungry: AtomicBool::new(false),
             confirmed: AtomicBool::new(confirmed),
             captured: AtomicU64::new(after.0),
             shipped: AtomicU64::new(after.0),
@@ -172,7 +175,9 @@ impl Shared {
             self.counters.expired.fetch_add(1, Ordering::Relaxed);
             self.ask();
         }
-        self.trigger.ring();
+        if self.hungry.swap(false, Ordering::AcqRel) {
+            self.trigger.ring();
+        }
     }
 
     /// Has "still my shadow?" asked, unless it is being asked.

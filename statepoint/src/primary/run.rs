@@ -136,6 +136,11 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             }
             let now = self.shared.clock.now_ns();
             let situation = self.situation(now);
+            let waits = !situation.room || self.stays.is_some();
+            if waits && !self.shared.hungry.swap(true, Ordering::AcqRel) {
+                // Look once more, now that news rings.
+                continue;
+            }
             match self.config.policy.decide(&situation) {
                 Decision::Capture if !self.waits_for_ack() => self.epoch(writer)?,
                 Decision::Capture => self.shared.trigger.wait(Duration::from_millis(5)),
