@@ -55,6 +55,10 @@ fn keep(leaf: &mut kvm_cpuid_entry2, unusable: Unusable, deadline_timer: bool) -
             clear(&mut leaf.edx, &[21]); // debug store
             leaf.ebx &= 0x0000_ffff;
         }
+        // Topology is set per vCPU; what KVM says here is of the host's CPU that answered.
+        4 | 0x8000_001d => leaf.eax &= 0x3fff,
+        0x8000_0008 => leaf.ecx &= !0xf0ff,
+        0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
         7 if leaf.index == 0 => {
             clear(&mut leaf.ebx, &[2, 25]); // SGX, processor trace
             clear(&mut leaf.ecx, &[7, 30]); // shadow stacks, SGX launch control
@@ -72,7 +76,7 @@ fn keep(leaf: &mut kvm_cpuid_entry2, unusable: Unusable, deadline_timer: bool) -
         // PMU; processor trace, SGX, LBR, AMX tiles; newer topology (0xb says it); TSC and bus
         // rates of this very host.
         0xa => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
-        0x12 | 0x14 | 0x15 | 0x16 | 0x1c | 0x1d | 0x1e | 0x1f | 0x23 | 0x24 => return false,
+        0xb | 0x12 | 0x14 | 0x15 | 0x16 | 0x1c | 0x1d | 0x1e | 0x1f | 0x23 | 0x24 => return false,
         0x4000_0000 => leaf.eax = 0x4000_0001,
         0x4000_0001 => {
             leaf.eax &= KVM_FEATURES;
@@ -93,11 +97,7 @@ pub(crate) fn of_vcpu(common: &[kvm_cpuid_entry2], index: u8, vcpus: u8) -> Resu
     let id = u32::from(index);
     let count = u32::from(vcpus);
     let shift = count.next_power_of_two().trailing_zeros();
-    let mut leaves: Vec<_> = common
-        .iter()
-        .copied()
-        .filter(|l| l.function != 0xb)
-        .collect();
+    let mut leaves: Vec<_> = common.to_vec();
     for leaf in &mut leaves {
         match leaf.function {
             1 => {
@@ -108,11 +108,14 @@ pub(crate) fn of_vcpu(common: &[kvm_cpuid_entry2], index: u8, vcpus: u8) -> Resu
                     leaf.edx & !(1 << 28)
                 };
             }
-            4 => {
+            4 | 0x8000_001d if leaf.eax & 0x1f != 0 => {
                 // caches up to level 2 belong to one vCPU, the last level to all
                 let level = (leaf.eax >> 5) & 7;
                 let sharing = if level >= 3 { (1 << shift) - 1 } else { 0 };
-                leaf.eax = (leaf.eax & 0x3fff) | sharing << 14 | ((1 << shift) - 1) << 26;
+                leaf.eax = (leaf.eax & 0x3fff) | sharing << 14;
+                if leaf.function == 4 {
+                    leaf.eax |= ((1 << shift) - 1) << 26; // cores of the package
+                }
             }
             0x8000_0008 => leaf.ecx = (leaf.ecx & !0xf0ff) | shift << 12 | (count - 1),
             0x8000_001e => {
@@ -135,4 +138,91 @@ pub(crate) fn of_vcpu(common: &[kvm_cpuid_entry2], index: u8, vcpus: u8) -> Resu
     leaves.extend([level(0, 0, 1, 1), level(1, shift, count, 2)]);
     CpuId::from_entries(&leaves)
         .map_err(|_| Error::Missing("room for the CPUID leaves of a vCPU (too many)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, value: u32) -> kvm_cpuid_entry2 {
+        let (eax, ebx, ecx, edx) = (value, value, value, value);
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_saved_is_not_offered() {
+        let all = Unusable {
+            pcid: true,
+            arch_capabilities: true,
+        };
+        let mut one = leaf(1, 0, u32::MAX);
+        assert!(keep(&mut one, all, false));
+        for bit in [5, 6, 15, 17] {
+            assert_eq!(one.ecx >> bit & 1, 0, "leaf 1 ECX bit {bit}");
+        }
+        let mut seven = leaf(7, 0, u32::MAX);
+        assert!(keep(&mut seven, all, false));
+        assert_eq!(
+            (seven.ebx >> 10 & 1, seven.ecx >> 7 & 1, seven.edx >> 29 & 1),
+            (0, 0, 0)
+        );
+        let mut kvm = leaf(0x4000_0001, 0, u32::MAX);
+        assert!(keep(&mut kvm, all, false));
+        assert_eq!(kvm.eax, KVM_FEATURES);
+        assert!(!keep(&mut leaf(0x1f, 0, 1), all, false));
+    }
+
+    #[test]
+    fn nothing_tells_the_host_cpu_that_answered() {
+        let mut here = leaf(1, 0, 0x0123_4567);
+        let mut there = leaf(1, 0, 0x0123_4567);
+        there.ebx ^= 0x0700_0000; // another APIC id
+        for leaf in [&mut here, &mut there] {
+            assert!(keep(leaf, Unusable::default(), true));
+        }
+        assert_eq!(here, there);
+        assert!(!keep(&mut leaf(0xb, 0, 5), Unusable::default(), true));
+    }
+
+    #[test]
+    fn every_vcpu_has_its_own_id_everywhere_and_the_same_features() {
+        let common = [
+            leaf(1, 0, 0xabcd),
+            leaf(4, 3, 0x7c),
+            leaf(4, 4, 0),
+            leaf(0x8000_001e, 0, 0),
+        ];
+        for vcpus in 1..=8u8 {
+            for index in 0..vcpus {
+                let leaves = of_vcpu(&common, index, vcpus).unwrap();
+                let find = |function, index| {
+                    *leaves
+                        .as_slice()
+                        .iter()
+                        .find(|l| (l.function, l.index) == (function, index))
+                        .unwrap()
+                };
+                let id = u32::from(index);
+                assert_eq!(find(1, 0).ebx, 0xabcd | u32::from(vcpus) << 16 | id << 24);
+                assert_eq!((find(0xb, 0).edx, find(0xb, 1).edx), (id, id));
+                assert_eq!(find(0xb, 1).ebx, u32::from(vcpus));
+                assert!(1u32 << find(0xb, 1).eax >= u32::from(vcpus));
+                assert_eq!(find(0x8000_001e, 0).eax, id);
+                assert_eq!(
+                    find(4, 4).eax,
+                    0,
+                    "the end of the list of caches stays the end"
+                );
+                assert_eq!(find(1, 0).ecx, 0xabcd);
+            }
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use common::payload::{COUNTERS, DONE, Mode, TICKS};
 use common::{BITMAP, Collected, Random, booted, config, eventually, ram, word};
 use vmm::ports::Power;
+use vmm::{DirtyTracking, Machine, MachineConfig, NicConfig};
 
 #[test]
 fn a_paused_guest_stands_still_and_a_resumed_one_goes_on() {
@@ -54,7 +55,69 @@ fn halted_vcpus_are_kicked_and_woken_by_their_timers() {
         });
     }
     assert!(outputs_quiet(&outputs));
+    usable_from_other_threads(&machine);
+    usable_from_other_threads(&machine.handle());
 }
+
+#[test]
+fn this_host_tells_the_same_each_time_and_can_fail_over_to_itself() {
+    let caps = require_kvm!();
+    for _ in 0..20 {
+        let again = vmm::HostCaps::probe().unwrap();
+        assert_eq!(caps, again);
+        assert!(caps.differences(&again).is_empty());
+    }
+}
+
+#[test]
+fn configurations_that_cannot_run_are_refused_by_name() {
+    let caps = require_kvm!();
+    let outputs: Arc<Collected> = Arc::default();
+    let good = || config(Mode::Count, 1, 0, BITMAP);
+    let refused = |config: vmm::MachineConfig| {
+        let ports = vmm::Ports {
+            outputs: Arc::clone(&outputs) as _,
+            disks: Vec::new(),
+        };
+        Machine::with_caps(config, ports, caps.clone())
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(refused(MachineConfig { vcpus: 0, ..good() }).contains("0 vCPUs"));
+    assert!(refused(MachineConfig { vcpus: 9, ..good() }).contains("9 vCPUs"));
+    assert!(
+        refused(MachineConfig {
+            memory: 12345,
+            ..good()
+        })
+        .contains("12345")
+    );
+    assert!(
+        refused(MachineConfig {
+            memory: 1 << 50,
+            ..good()
+        })
+        .contains("memory")
+    );
+    let ring = |entries| MachineConfig {
+        dirty: DirtyTracking::Ring { entries },
+        ..good()
+    };
+    assert!(refused(ring(1000)).contains("power of two"));
+    assert!(refused(ring(1 << 20)).contains("power of two"));
+    let mac = NicConfig {
+        mac: [1, 0, 0, 0, 0, 0],
+    };
+    assert!(
+        refused(MachineConfig {
+            nics: vec![mac],
+            ..good()
+        })
+        .contains("unicast")
+    );
+}
+
+fn usable_from_other_threads<T: Send>(_: &T) {}
 
 fn outputs_quiet(outputs: &Arc<Collected>) -> bool {
     outputs.console.lock().is_empty() && outputs.power.lock().is_empty()
