@@ -108,9 +108,13 @@ impl Daemon {
 
     /// The failure of an order to a VM without a primary.
     pub fn does_not_run(&self, name: &str) -> Failure {
-        Failure::new(
-            Code::State,
-            format!("{name} does not run; `axvm start {name}` starts it"),
-        )
+        let why = match self.process(name) {
+            Some(process) => format!(
+                "nobody runs {name}; its process {} on {} is no primary",
+                process.pid, self.config.name
+            ),
+            None => format!("{name} does not run; `axvm start {name}` starts it"),
+        };
+        Failure::new(Code::State, why)
     }
 }

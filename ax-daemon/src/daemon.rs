@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ax_api::host::{Code, PeerReport, ProcessReport, Reply, Request, VmReport};
 use ax_api::process::{Role, Spec, Start};
-use ax_api::vm::{Mode, Vm};
+use ax_api::vm::Vm;
 use ax_wire::{Incarnation, PairId};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
@@ -66,6 +66,8 @@ pub struct Daemon {
     pub program: PathBuf,
     processes: Mutex<BTreeMap<String, Arc<Process>>>,
     gone: Mutex<HashMap<PairId, VecDeque<Incarnation>>>,
+    /// Why a VM's last process here ended by itself with a failure.
+    last_end: Mutex<HashMap<String, String>>,
     operations: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
     /// Images made for a start that is not settled yet, by (VM, operation).
     pub(crate) made: Mutex<HashMap<(String, u64), Vec<PathBuf>>>,
@@ -88,6 +90,7 @@ impl Daemon {
             program,
             processes: Mutex::default(),
             gone: Mutex::default(),
+            last_end: Mutex::default(),
             operations: Mutex::default(),
             made: Mutex::default(),
         })
@@ -125,6 +128,29 @@ impl Daemon {
         if runs.len() > GONE_REMEMBERED {
             runs.pop_front();
         }
+    }
+
+    /// Remembers why a process that ended by itself failed.
+    pub fn note_end(&self, process: &Process) {
+        let mut ends = self.last_end.lock();
+        match process.exited() {
+            Some(crate::process::Exit::Status(status)) if status != 0 => {
+                ends.insert(process.name.clone(), process.why_it_ended().why);
+            }
+            _ => {
+                ends.remove(&process.name);
+            }
+        }
+    }
+
+    /// Why a VM's last process here failed, if it did.
+    pub fn last_end_of(&self, name: &str) -> Option<String> {
+        self.last_end.lock().get(name).cloned()
+    }
+
+    /// [`Daemon::last_end_of`], forgotten with this.
+    pub fn take_end(&self, name: &str) -> Option<String> {
+        self.last_end.lock().remove(name)
     }
 
     /// Runs of the pair on this host that are certainly over.
@@ -189,6 +215,7 @@ impl Daemon {
                 format!("{} has a process already (pid {})", vm.name, process.pid),
             ));
         }
+        self.take_end(&vm.name);
         let places = Places::of(&self.config, &vm.name);
         let process = Process::spawn(&self.program, &self.spec(vm, start), &places).await;
         match process {
@@ -332,7 +359,7 @@ impl Daemon {
             ),
             Request::Stop { name, force: false } => done(self.stop(&name, asker, tell).await?),
             Request::Stop { name, force: true } => done(self.stop_by_force(&name, asker).await?),
-            Request::Kill { name, host } => done(self.kill(&name, host, asker).await?),
+            Request::Kill { name, host } => done(self.kill(&name, host, asker, tell).await?),
             Request::Events {
                 vm,
                 follow,
@@ -361,6 +388,5 @@ impl Daemon {
 fn sum_up(vm: Vm, reports: &[ProcessReport], silent: Option<&str>) -> VmReport {
     let pair = vm.pair.to_string();
     let mine = reports.iter().filter(|r| r.pair == pair).cloned().collect();
-    let silent = silent.filter(|_| vm.mode != Mode::None);
     VmReport::sum_up(vm, mine, silent)
 }

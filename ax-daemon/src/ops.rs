@@ -147,20 +147,16 @@ impl Daemon {
         tell: &Tell,
     ) -> Result<String, Failure> {
         match (asker, &self.peer) {
-            (Asker::User, Some(peer)) => match peer.forward(request, Some(tell.0.clone())).await? {
-                Reply::Done { text } => Ok(text),
-                other => Err(peer.unexpected(&other)),
-            },
-            _ => match self.process(name) {
-                Some(process) => Err(Failure::new(
-                    Code::State,
-                    format!(
-                        "nobody runs {name}; its process {} on {} is no primary",
-                        process.pid, self.config.name
-                    ),
-                )),
-                None => Err(self.does_not_run(name)),
-            },
+            (Asker::User, Some(peer)) => {
+                match peer.forward(request, Some(tell.0.clone())).await {
+                    Ok(Reply::Done { text }) => Ok(text),
+                    Ok(other) => Err(peer.unexpected(&other)),
+                    // It has not heard of it yet, so it cannot run it.
+                    Err(failure) if failure.code == Code::NoSuchVm => Err(self.does_not_run(name)),
+                    Err(failure) => Err(failure),
+                }
+            }
+            _ => Err(self.does_not_run(name)),
         }
     }
 
@@ -281,7 +277,9 @@ impl Daemon {
                     };
                     match peer.forward(request, None).await {
                         Ok(_) => Some(Ok(())),
-                        Err(failure) if failure.code == Code::State => None,
+                        Err(failure) if matches!(failure.code, Code::State | Code::NoSuchVm) => {
+                            None
+                        }
                         Err(failure) => Some(Err(failure)),
                     }
                 }
@@ -322,6 +320,7 @@ impl Daemon {
         name: &str,
         host: Option<String>,
         asker: Asker,
+        tell: &Tell,
     ) -> Result<String, Failure> {
         self.store.vm(name)?;
         let here = match (&host, self.local_role(name).await) {
@@ -346,21 +345,21 @@ impl Daemon {
             self.events.note(Some(name), format!("operator: {text}"));
             return Ok(text);
         }
-        match (asker, &self.peer, &host) {
-            (_, peer, Some(host)) if peer.as_ref().is_none_or(|p| p.name() != host) => {
+        match (&self.peer, &host) {
+            (peer, Some(host)) if peer.as_ref().is_none_or(|p| p.name() != host) => {
                 Err(Failure::new(
                     Code::Usage,
                     format!("no host of this pair is called {host}"),
                 ))
             }
-            (Asker::User, Some(peer), _) => {
-                let name = name.to_owned();
-                match peer.forward(Request::Kill { name, host }, None).await? {
-                    Reply::Done { text } => Ok(text),
-                    other => Err(peer.unexpected(&other)),
-                }
+            _ => {
+                let request = Request::Kill {
+                    name: name.to_owned(),
+                    host,
+                };
+                self.forward_or_not_running(name, request, asker, tell)
+                    .await
             }
-            _ => Err(self.does_not_run(name)),
         }
     }
 

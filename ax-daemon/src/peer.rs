@@ -196,7 +196,7 @@ impl PeerLink {
         let stream = self
             .connector
             .open(Preamble::rpc())
-            .map_err(|e| away(e.to_string()))?;
+            .map_err(|e| away(crate::failure::chain(&e)))?;
         stream
             .set_read_timeout(Some(SILENCE))
             .and_then(|()| stream.set_write_timeout(Some(SILENCE)))

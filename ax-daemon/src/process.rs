@@ -30,6 +30,9 @@ const START_PATIENCE: Duration = Duration::from_secs(20);
 /// Bytes after which a log is turned over at the next start.
 const LOG_TURN_OVER: u64 = 8 << 20;
 
+/// Exit status of an `ax-vmm` that may not run because the other side does.
+const FENCED: i32 = 9;
+
 /// How a process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -45,6 +48,7 @@ impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Exit::Status(0) => f.write_str("exited"),
+            Exit::Status(FENCED) => f.write_str("ended: the other side runs the VM"),
             Exit::Status(status) => write!(f, "exited with status {status}"),
             Exit::Signal(signal) => write!(f, "ended by {signal}"),
             Exit::Untold => f.write_str("is gone"),
@@ -117,14 +121,9 @@ impl Process {
         let failed = |doing: &str, e: &std::io::Error| {
             Failure::io(format!("starting {}: {doing}", program.display()), e)
         };
-        for dir in [
-            Some(places.dir.as_path()),
-            Some(&spec.state_dir),
-            places.control.parent(),
-        ] {
-            if let Some(dir) = dir {
-                std::fs::create_dir_all(dir).map_err(|e| failed("making its folder", &e))?;
-            }
+        let control_dir = places.control.parent().unwrap_or(Path::new("/"));
+        for dir in [places.dir.as_path(), spec.state_dir.as_path(), control_dir] {
+            std::fs::create_dir_all(dir).map_err(|e| failed("making its folder", &e))?;
         }
         // Left by a process that is gone: the caller has made sure of that.
         let _ = std::fs::remove_file(&places.control);

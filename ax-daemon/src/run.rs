@@ -27,7 +27,7 @@ pub fn security(config: &Config) -> Result<Security, Failure> {
     if !config.mtls {
         return Ok(Security::Plain);
     }
-    let failed = |e: ax_link::LinkError| Failure::new(Code::Failed, e.to_string());
+    let failed = |e: ax_link::LinkError| Failure::new(Code::Failed, crate::failure::chain(&e));
     let name: HostName = config
         .name
         .parse()
@@ -90,7 +90,7 @@ pub fn run(config: Config) -> Result<(), Failure> {
     let acceptor = match &peer {
         Some(_) => Some(
             Acceptor::bind(&config.listen, security)
-                .map_err(|e| Failure::new(Code::Network, e.to_string()))?,
+                .map_err(|e| Failure::new(Code::Network, crate::failure::chain(&e)))?,
         ),
         None => None,
     };

@@ -107,10 +107,8 @@ async fn serve_user(daemon: Arc<Daemon>, stream: UnixStream) -> std::io::Result<
         let _ = tell.0.send(last);
     });
     while let Some(line) = lines.recv().await {
-        if let Err(e) = control::write_line(&mut to, &line).await {
-            // Dropping `lines` ends what only talks.
-            return Err(e);
-        }
+        // On an error `lines` is dropped, which ends what only talks.
+        control::write_line(&mut to, &line).await?;
     }
     answer.await.map_err(std::io::Error::other)
 }

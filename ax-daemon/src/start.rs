@@ -36,6 +36,8 @@ use crate::process::Process;
 const ASK_EVERY: Duration = Duration::from_millis(20);
 /// How long a guest may be held, run alone, or make no progress before its start counts as failed.
 const SETBACK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a primary may take to reach its shadow.
+const DIALLING: Duration = Duration::from_secs(15);
 /// How long a shadow may take until it waits for its primary.
 const SHADOW_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -281,11 +283,32 @@ impl Daemon {
         };
         let deadline = Instant::now() + SETBACK_PATIENCE;
         loop {
-            match control::order(&primary.control, &request, control::PATIENCE).await {
+            // It takes a shadow only once it runs alone, by the arbiter's grant.
+            let before = primary.status().await.map(|s| s.phase);
+            let ordered = control::order(&primary.control, &request, DIALLING).await;
+            let after = primary.status().await.map(|s| s.phase);
+            let under_way = matches!(
+                after,
+                Some(Phase::Syncing { .. } | Phase::Entering | Phase::Protected)
+            );
+            match ordered {
                 Ok(()) => return Ok(()),
+                // It took it, and its answer was late.
+                Err(_) if under_way => return Ok(()),
                 Err(_) if primary.exited().is_some() => return Err(primary.why_it_ended()),
-                Err(failure) if Instant::now() >= deadline => return Err(failure),
-                Err(_) => tokio::time::sleep(ASK_EVERY).await,
+                Err(_) if matches!(before, Some(Phase::Starting)) && Instant::now() < deadline => {
+                    tokio::time::sleep(ASK_EVERY).await;
+                }
+                Err(failure) => match after {
+                    Some(Phase::Held { .. }) if Instant::now() < deadline => {
+                        tokio::time::sleep(ASK_EVERY).await;
+                    }
+                    Some(Phase::Held { waits_for }) => {
+                        let why = format!("{} is held: waits for {waits_for}", primary.name);
+                        return Err(Failure::new(Code::Arbiter, why));
+                    }
+                    _ => return Err(failure),
+                },
             }
         }
     }
@@ -486,18 +509,18 @@ impl Daemon {
     /// The asked side of [`PeerRequest::Undo`]: ends the shadow of a start that failed and removes the
     /// images made for it. Why the shadow had ended by itself, if it had.
     pub async fn undo_shadow(&self, name: &str, operation: u64) -> String {
-        let mut why = String::new();
         // Unknown: never begun here, or settled. Then its process is none of this start's business.
         let Some(made) = self.made.lock().remove(&(name.to_owned(), operation)) else {
-            return why;
+            return String::new();
         };
         if let Some(process) = self.process(name) {
             if process.exited().is_some() {
-                why = process.why_it_ended().why;
+                self.note_end(&process);
             }
             process.kill_and_wait().await;
             self.let_go(&process);
         }
+        let why = self.take_end(name).unwrap_or_default();
         images::remove(&made);
         self.journal(name).end();
         why

@@ -32,10 +32,15 @@ impl Daemon {
             if clean {
                 daemon.mark_stopped(&process.name);
             }
+            daemon.note_end(&process);
             daemon.let_go(&process);
+            let how = match daemon.last_end_of(&process.name) {
+                Some(why) => format!("{how}: {why}"),
+                None => how.to_string(),
+            };
             let what = HostWhat::Exited {
                 incarnation: process.incarnation,
-                how: how.to_string(),
+                how,
             };
             let now = crate::events::now_ms();
             daemon.events.record(Some(&process.name), now, what);
@@ -138,7 +143,10 @@ impl Daemon {
                 s.generation >= before
                     || (s.role == Role::Shadow
                         && before != Generation(u64::MAX)
-                        && matches!(s.phase, Phase::Starting | Phase::Waiting))
+                        && matches!(
+                            s.phase,
+                            Phase::Starting | Phase::Waiting | Phase::Syncing { .. }
+                        ))
             });
             if !keep {
                 process.kill_and_wait().await;
@@ -201,16 +209,19 @@ impl Daemon {
         Ok(())
     }
 
-    /// A start that axd did not live to see through: the guest never was as protected as it should be.
+    /// A start that axd did not live to see through and that has no running guest to show for it. A
+    /// guest that runs already goes on; its process needs no axd to become protected.
     async fn is_half_started(&self, process: &Process) -> bool {
         if !self.journal(&process.name).is_open() {
             return false;
         }
-        match process.status().await.map(|s| s.phase) {
-            Some(Phase::Protected | Phase::Unprotected | Phase::Paused) => false,
-            Some(Phase::Syncing { .. }) if process.start == ax_api::process::Start::Shadow => false,
-            _ => true,
-        }
+        let status = process.status().await;
+        status.is_none_or(|s| {
+            matches!(
+                s.phase,
+                Phase::Starting | Phase::Waiting | Phase::Held { .. } | Phase::Ending
+            )
+        })
     }
 
     /// Ends processes that run one of this axd's specifications and that nobody wrote down: axd ended

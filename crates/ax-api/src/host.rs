@@ -56,7 +56,8 @@ pub struct NewNic {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NewVm {
-    /// Its name: 1 to 63 of `a-z 0-9 -`.
+    /// Its name: 1 to 63 of `a-z 0-9 -`. In a file it may be left to the command line.
+    #[serde(default)]
     pub name: String,
     /// Its protection.
     pub mode: Mode,
@@ -223,7 +224,8 @@ impl Code {
             4 => Code::Image,
             5 | 7 => Code::Network,
             6 => Code::Memory,
-            8 => Code::Arbiter,
+            // 9: the other side runs the VM, by the arbiter's grant.
+            8 | 9 => Code::Arbiter,
             _ => Code::Failed,
         }
     }
@@ -358,11 +360,11 @@ impl VmReport {
                 },
             },
             (None, None) => match unreachable {
-                Some(host) if vm.mode != Mode::None => (
+                Some(host) => (
                     State::Unknown,
                     format!("runs not here; host {host} does not answer"),
                 ),
-                _ => (State::Stopped, String::new()),
+                None => (State::Stopped, String::new()),
             },
         };
         let healthy = match state {

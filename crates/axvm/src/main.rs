@@ -1,3 +1,120 @@
-//! axvm
+//! `axvm`: the command people type.
+//!
+//! - [`cli`]: the words and options. [`describe`]: from them, or a file, to a VM.
+//! - [`client`]: one request to axd and its answer, blocking. [`console`]: raw bytes.
+//! - [`show`]: answers as text or JSON.
+//!
+//! It decides nothing: axd does, on whichever host the VM runs, so it may be typed on either.
 
-fn main() {}
+mod cli;
+mod client;
+mod console;
+mod describe;
+mod show;
+
+use std::process::ExitCode;
+
+use ax_api::host::{Code, Reply, Request};
+use clap::{CommandFactory, Parser};
+
+use cli::{Cli, Command, OnOff, Output};
+use client::{Client, Failure};
+use show::Show;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let show = Show::new(cli.output);
+    match run(cli, &show) {
+        Ok(code) => code,
+        Err(failure) => {
+            show.failure(&failure);
+            ExitCode::from(failure.code.exit())
+        }
+    }
+}
+
+fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
+    let client = Client::new(cli.socket);
+    let request = match cli.command {
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "axvm", &mut std::io::stdout());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Man => {
+            clap_mangen::Man::new(Cli::command())
+                .render(&mut std::io::stdout())
+                .map_err(|e| Failure::new(Code::Failed, format!("printing: {e}")))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Console { name } => {
+            console::run(&client, &name)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::List { check } => {
+            let reply = client.ask(&Request::List, show)?;
+            show.reply(&reply);
+            let sound = match &reply {
+                Reply::Vms { vms, .. } => vms.iter().all(|vm| vm.healthy),
+                _ => true,
+            };
+            return Ok(match check && !sound {
+                true => ExitCode::from(Code::Unprotected.exit()),
+                false => ExitCode::SUCCESS,
+            });
+        }
+        Command::Define { name, vm } => Request::Define {
+            vm: Box::new(describe::required(name.as_deref(), &vm)?),
+        },
+        Command::Start {
+            name,
+            vm,
+            no_wait,
+            alone_ok,
+        } => Request::Start {
+            define: describe::optional(&name, &vm)?.map(Box::new),
+            name,
+            wait: !no_wait,
+            alone_ok,
+        },
+        Command::Undefine { name } => Request::Undefine { name },
+        Command::Autostart { name, state } => Request::Autostart {
+            name,
+            on: state == OnOff::On,
+        },
+        Command::Stop { name, force } => Request::Stop { name, force },
+        Command::Reboot { name } => Request::Reboot { name },
+        Command::Pause { name } => Request::Pause { name },
+        Command::Resume {
+            name,
+            i_know_the_peer_is_dead,
+        } => Request::Resume {
+            name,
+            peer_is_dead: i_know_the_peer_is_dead,
+        },
+        Command::Show { name } => Request::Show { name },
+        Command::Failover { name } => Request::Failover { name },
+        Command::Kill { name, host } => Request::Kill { name, host },
+        Command::Events {
+            name,
+            follow,
+            this_host,
+        } => Request::Events {
+            vm: name,
+            follow,
+            both_hosts: !this_host,
+        },
+        Command::Version => {
+            show.version();
+            Request::Version
+        }
+    };
+    let reply = client.ask(&request, show)?;
+    show.reply(&reply);
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Output {
+    fn is_json(self) -> bool {
+        self == Output::Json
+    }
+}

@@ -4,6 +4,12 @@
 //!
 //! `quirks` in the VM's command line make it misbehave: `fail-boot=CODE`, `fail-shadow=CODE`,
 //! `never-protect`, `hold`, `no-answer`, `slow-sync`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test may panic"
+)]
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -140,7 +146,7 @@ impl Fake {
         let role = self.state.lock().unwrap().status.role;
         match request {
             Request::Status => Reply::Status(Box::new(self.state.lock().unwrap().status.clone())),
-            Request::Protect { addresses, .. } => {
+            Request::Protect { addresses, .. } if !self.quirks.contains("hold") => {
                 let me = self.clone();
                 std::thread::spawn(move || me.protect(&addresses));
                 Reply::Done
@@ -182,7 +188,7 @@ impl Fake {
                 self.tell(&mut state, What::Note { text });
                 Reply::Done
             }
-            Request::Reboot => Reply::Done,
+            Request::Reboot | Request::Protect { .. } => Reply::Done,
             _ => refused("not by the fake"),
         }
     }

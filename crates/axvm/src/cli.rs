@@ -1,0 +1,230 @@
+//! Words and options of the command line.
+
+use std::path::PathBuf;
+
+use ax_api::units::Bytes;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXAMPLES: &str = "\
+Examples:
+  axvm start web --probe --memory 256M --disk web.img,size=1G --net tap=tap0 --cmdline ip=10.0.0.5/24
+  axvm start db --kernel /boot/vmlinuz --initrd /boot/initrd --cmdline 'console=ttyS0' --cpus 2
+  axvm list --check || page-someone
+  axvm failover web
+  axvm console web
+
+Exit codes:
+  0   done
+  1   failed; the message says what
+  2   wrong usage, definition or configuration
+  3   not possible on this host (no usable KVM)
+  4   list --check: something is unprotected, held or unknown
+  5   no such VM
+  6   axd cannot be reached
+  7   the VM is not in a state for that
+  8   the other host does not answer or refused
+  9   a disk image is missing, in use or of another size
+  10  a tap, address or port cannot be used
+  11  not enough memory
+  12  the arbiter refused or cannot be reached";
+
+/// Fault-tolerant virtual machines: start, watch, move, stop.
+#[derive(Debug, Parser)]
+#[command(name = "axvm", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub struct Cli {
+    /// axd's socket [default: $AX_SOCKET, or /run/axd/axd.sock].
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// How to print.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeArg {
+    /// A shadow on the other host takes over at the last committed epoch.
+    Ft,
+    /// Restarted on the other host (not there yet).
+    Ha,
+    /// Local only.
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DirtyArg {
+    /// What costs less here.
+    Auto,
+    /// KVM's dirty ring.
+    Ring,
+    /// KVM's dirty bitmap.
+    Bitmap,
+}
+
+/// What a VM is.
+#[derive(Debug, Default, Args)]
+pub struct VmArgs {
+    /// Read the VM from a TOML file; no other option describes it then.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["mode", "probe", "kernel", "initrd",
+        "cmdline", "memory", "cpus", "disk", "net", "dirty", "verify_every"])]
+    pub config: Option<PathBuf>,
+    /// How well it is protected [default: ft].
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub mode: Option<ModeArg>,
+    /// Boot the embedded probe guest.
+    #[arg(long, conflicts_with_all = ["kernel", "initrd"])]
+    pub probe: bool,
+    /// Boot this kernel: an ELF with a PVH note, or a Linux bzImage.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Its initial RAM disk.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Its command line, for the probe guest too (ip=10.0.0.5/24).
+    #[arg(long, value_name = "TEXT")]
+    pub cmdline: Option<String>,
+    /// Memory [default: 256M].
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Bytes>,
+    /// Virtual CPUs, 1 to 8 [default: 1].
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u8>,
+    /// A disk: a raw image, by path, or by bare name in axd's own image folder. With a size an
+    /// absent one is made. Repeatable.
+    #[arg(long, value_name = "PATH[,size=SIZE][,ro][,secondary=sync]")]
+    pub disk: Vec<String>,
+    /// A network device on a tap interface. Repeatable.
+    #[arg(long, value_name = "tap=NAME[,mac=MAC]")]
+    pub net: Vec<String>,
+    /// Where dirty pages are learned from [default: auto].
+    #[arg(long, value_enum, value_name = "SOURCE")]
+    pub dirty: Option<DirtyArg>,
+    /// Check the shadow's whole memory with every N-th epoch (slow).
+    #[arg(long, value_name = "N")]
+    pub verify_every: Option<u32>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a VM here; describe it too if it is not defined yet.
+    ///
+    /// Waits until it is as protected as its mode says. If that fails, nothing is left of the start.
+    Start {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        vm: Box<VmArgs>,
+        /// Do not wait for protection.
+        #[arg(long)]
+        no_wait: bool,
+        /// Start it unprotected if the other host does not answer.
+        #[arg(long)]
+        alone_ok: bool,
+    },
+    /// Define a VM without starting it, or change one that does not run.
+    Define {
+        /// Its name; may be left to --config.
+        name: Option<String>,
+        #[command(flatten)]
+        vm: Box<VmArgs>,
+    },
+    /// Forget a VM that does not run. Its images stay.
+    Undefine {
+        /// Its name.
+        name: String,
+    },
+    /// Start a VM when its host boots, or not.
+    Autostart {
+        /// Its name.
+        name: String,
+        state: OnOff,
+    },
+    /// Stop a VM in order: both sides know it ended and how.
+    Stop {
+        /// Its name.
+        name: String,
+        /// End its processes at once, on both hosts.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Reset a VM as its button would.
+    Reboot {
+        /// Its name.
+        name: String,
+    },
+    /// Stop a VM's CPUs; protection goes on.
+    Pause {
+        /// Its name.
+        name: String,
+    },
+    /// Let a paused or held VM go on.
+    Resume {
+        /// Its name.
+        name: String,
+        /// Your word that the other host is dead. If it is not, the VM runs twice.
+        #[arg(long)]
+        i_know_the_peer_is_dead: bool,
+    },
+    /// All VMs of both hosts.
+    List {
+        /// Exit with 4 if anything is unprotected, held or unknown.
+        #[arg(long)]
+        check: bool,
+    },
+    /// All about one VM.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// A VM's serial console; Ctrl-] leaves it. Goes on across failovers.
+    Console {
+        /// Its name.
+        name: String,
+    },
+    /// Planned failover: the other host takes over, nothing is lost.
+    Failover {
+        /// Its name.
+        name: String,
+    },
+    /// Simulated fault: SIGKILL to the process that runs the VM.
+    Kill {
+        /// Its name.
+        name: String,
+        /// Kill the process on this host, primary or shadow.
+        #[arg(long, value_name = "HOST")]
+        host: Option<String>,
+    },
+    /// What happened, on both hosts.
+    Events {
+        /// Only this VM's.
+        name: Option<String>,
+        /// Go on with those to come.
+        #[arg(short, long)]
+        follow: bool,
+        /// Only this host's.
+        #[arg(long)]
+        this_host: bool,
+    },
+    /// Versions of axvm and axd.
+    Version,
+    /// Print shell completions.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
