@@ -14,7 +14,7 @@
 //! - `vm`, `vcpu`, `gate`: the KVM objects, the vCPU threads, and how they are parked;
 //! - `dirty`: which pages changed, by KVM's ring or bitmap;
 //! - `state`, [`clock`]: what is saved, in which order, and what time it is after a restore;
-//! - [`machine`]: all of it together.
+//! - [`machine`]: all of it together; `handle`: what other threads may do with it.
 
 pub mod bitmap;
 pub mod boot;
@@ -26,10 +26,12 @@ pub mod devices;
 mod dirty;
 mod error;
 mod gate;
+mod handle;
 pub mod machine;
 pub mod memory;
 mod msrs;
 pub mod ports;
+mod power;
 mod state;
 mod sys;
 mod vcpu;
@@ -39,5 +41,7 @@ pub use caps::HostCaps;
 pub use config::{BootConfig, DirtyTracking, Image, MachineConfig, NicConfig};
 pub use devices::{Ports, RxOutcome};
 pub use error::{Error, Result};
-pub use machine::{Machine, MachineHandle, Stats};
+pub use handle::{MachineHandle, Stats};
+pub use machine::Machine;
 pub use memory::{GuestMemory, RamRegion};
+pub use vcpu::RingFull;

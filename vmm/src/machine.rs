@@ -1,80 +1,26 @@
 //! One machine: memory, KVM objects, devices and dirty tracking together.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ax_wire::state::{StateReader, StateWriter};
-use parking_lot::Mutex;
 
 use crate::boot;
 use crate::caps::HostCaps;
 use crate::config::{DirtyTracking, MAX_VCPUS, MachineConfig};
-use crate::devices::{DeviceSet, DeviceSpec, Ports, RxOutcome};
+use crate::devices::{DeviceSet, DeviceSpec, Ports};
 use crate::dirty::{RING_ENTRY_BYTES, Tracker};
 use crate::error::{Doing, Error, Result};
+use crate::handle::MachineHandle;
 use crate::memory::{GuestMemory, Ram, RamRegion};
-use crate::ports::{Full, Outputs, Power};
+use crate::ports::{Outputs, Power};
+use crate::power::PowerLatch;
 use crate::state::{self, Elapsed, MachineBlock, Saved};
-use crate::vcpu::{Counters, RingFull};
+use crate::vcpu::RingFull;
 use crate::vm::{Parts, Vm};
 
 /// Smallest and largest dirty ring, entries. KVM keeps some of the smallest for itself.
 const RING_ENTRIES: std::ops::RangeInclusive<u32> = 256..=65536;
-
-/// Remembers that the guest powered off, reset or crashed, and passes everything on.
-///
-/// The first such event counts; vCPUs stay parked from then until the machine is reset.
-pub(crate) struct PowerLatch {
-    outputs: Arc<dyn Outputs>,
-    set: AtomicBool,
-    what: Mutex<Option<Power>>,
-}
-
-impl PowerLatch {
-    fn new(outputs: Arc<dyn Outputs>) -> Self {
-        PowerLatch {
-            outputs,
-            set: false.into(),
-            what: Mutex::new(None),
-        }
-    }
-
-    /// Whether the guest has stopped as a whole.
-    pub(crate) fn is_set(&self) -> bool {
-        self.set.load(Ordering::Acquire)
-    }
-
-    fn get(&self) -> Option<Power> {
-        *self.what.lock()
-    }
-
-    /// Sets it without telling anyone.
-    fn put(&self, what: Option<Power>) {
-        *self.what.lock() = what;
-        self.set.store(what.is_some(), Ordering::Release);
-    }
-}
-
-impl Outputs for PowerLatch {
-    fn frame(&self, nic: u8, frame: &[u8]) -> std::result::Result<(), Full> {
-        self.outputs.frame(nic, frame)
-    }
-
-    fn console(&self, offset: u64, bytes: &[u8]) -> std::result::Result<(), Full> {
-        self.outputs.console(offset, bytes)
-    }
-
-    fn power(&self, what: Power) {
-        let mut latched = self.what.lock();
-        if latched.is_none() {
-            *latched = Some(what);
-            self.set.store(true, Ordering::Release);
-            drop(latched);
-            self.outputs.power(what);
-        }
-    }
-}
 
 /// Where a machine is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,19 +30,6 @@ enum Phase {
     /// Every vCPU parked, every device quiet.
     Paused,
     Running,
-}
-
-/// Counts since the machine was made.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Port accesses answered.
-    pub io_exits: u64,
-    /// MMIO accesses answered.
-    pub mmio_exits: u64,
-    /// Stops because a dirty ring was full.
-    pub ring_full_exits: u64,
-    /// Times a vCPU was interrupted out of KVM_RUN.
-    pub interrupted: u64,
 }
 
 /// A virtual machine. Owned by one thread, which captures or restores it; see the crate's
@@ -118,21 +51,6 @@ impl std::fmt::Debug for Machine {
         f.debug_struct("Machine")
             .field("phase", &self.phase)
             .field("power", &power)
-            .finish_non_exhaustive()
-    }
-}
-
-/// A way to feed a machine from other threads.
-#[derive(Clone)]
-pub struct MachineHandle {
-    devices: Arc<DeviceSet>,
-    counters: Arc<Counters>,
-}
-
-impl std::fmt::Debug for MachineHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MachineHandle")
-            .field("stats", &self.stats())
             .finish_non_exhaustive()
     }
 }
@@ -521,44 +439,6 @@ impl Drop for Machine {
         self.parts.devices.release();
         self.vm = None;
         self.parts.devices.stop();
-    }
-}
-
-impl MachineHandle {
-    /// Gives the guest a frame received for network device `nic`.
-    pub fn net_rx(&self, nic: usize, frame: &[u8]) -> RxOutcome {
-        self.devices.net_rx(nic, frame)
-    }
-
-    /// How many received frames network device `nic` is done with (rule 7).
-    pub fn rx_delivered(&self, nic: usize) -> u64 {
-        self.devices.rx_delivered(nic)
-    }
-
-    /// Types bytes into the guest's console; how many it took.
-    pub fn console_in(&self, bytes: &[u8]) -> usize {
-        self.devices.console_in(bytes)
-    }
-
-    /// There is room for outputs again after [`Full`]: devices try again.
-    pub fn retry_outputs(&self) {
-        self.devices.retry_outputs();
-    }
-
-    /// The devices, for their wake-up events.
-    pub fn devices(&self) -> &DeviceSet {
-        &self.devices
-    }
-
-    /// What has happened so far.
-    pub fn stats(&self) -> Stats {
-        let count = |c: &std::sync::atomic::AtomicU64| c.load(Ordering::Relaxed);
-        Stats {
-            io_exits: count(&self.counters.io_exits),
-            mmio_exits: count(&self.counters.mmio_exits),
-            ring_full_exits: count(&self.counters.ring_full_exits),
-            interrupted: count(&self.counters.interrupted),
-        }
     }
 }
 

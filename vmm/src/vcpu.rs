@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use crate::devices::DeviceSet;
 use crate::gate::Gate;
-use crate::machine::PowerLatch;
+use crate::power::PowerLatch;
 use crate::ports::{Outputs, Power};
 use crate::state::Scratch;
 

@@ -21,7 +21,7 @@ use crate::cpuid;
 use crate::devices::DeviceSet;
 use crate::error::{Doing, Error, Result};
 use crate::gate::{Gate, Kick, kick_signal};
-use crate::machine::PowerLatch;
+use crate::power::PowerLatch;
 use crate::memory::Ram;
 use crate::state::Scratch;
 use crate::vcpu::{self, Core, Counters, RingFull, Surroundings, Vcpu};
