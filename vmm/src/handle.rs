@@ -50,7 +50,7 @@ impl MachineHandle {
         self.devices.console_in(bytes)
     }
 
-    /// There is room for outputs again after [`Full`]: devices try again.
+    /// There is room for outputs again after [`crate::ports::Full`]: devices try again.
     pub fn retry_outputs(&self) {
         self.devices.retry_outputs();
     }

@@ -12,8 +12,8 @@ use parking_lot::Mutex;
 
 use crate::devices::DeviceSet;
 use crate::gate::Gate;
-use crate::power::PowerLatch;
 use crate::ports::{Outputs, Power};
+use crate::power::PowerLatch;
 use crate::state::Scratch;
 
 /// A vCPU and the buffers its state is saved through. The vCPU's thread holds the lock from the

@@ -21,8 +21,8 @@ use crate::cpuid;
 use crate::devices::DeviceSet;
 use crate::error::{Doing, Error, Result};
 use crate::gate::{Gate, Kick, kick_signal};
-use crate::power::PowerLatch;
 use crate::memory::Ram;
+use crate::power::PowerLatch;
 use crate::state::Scratch;
 use crate::vcpu::{self, Core, Counters, RingFull, Surroundings, Vcpu};
 
