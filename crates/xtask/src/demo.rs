@@ -287,12 +287,8 @@ impl Client {
         let at = |port| SocketAddr::from((GUEST, port));
         let udp = udp::start(&origin, udp::UdpSpec::new(at(port::ECHO)))?;
         udp.wait_for_answers(1, PATIENCE)?;
-        let pace = Duration::from_millis(1);
-        let incr = incr::IncrSpec {
-            pace,
-            ..incr::IncrSpec::new(at(port::RESP), run)
-        };
-        let incr = incr::start(&origin, incr)?;
+        // A closed loop without rest: the next request leaves as soon as the last is answered.
+        let incr = incr::start(&origin, incr::IncrSpec::new(at(port::RESP), run))?;
         let pace = Duration::from_millis(5);
         let ledger = ledger::LedgerSpec {
             pace,

@@ -99,6 +99,11 @@ impl Samples {
         self.ended = Instant::now();
     }
 
+    /// The run ended at `at`.
+    pub(super) fn end_at(&mut self, at: Instant) {
+        self.ended = at;
+    }
+
     fn since_start(&self, t: Instant) -> u64 {
         t.saturating_duration_since(self.started).as_nanos() as u64
     }

@@ -81,16 +81,20 @@ fn run(control: &Arc<Control>, spec: &UdpSpec) -> Result<UdpReport> {
     thread::scope(|s| {
         let receiver = s.spawn(|| receive(&receiving, control, bytes, samples, &done, &sent));
         send(&socket, control, spec.interval, bytes, started, &sent);
-        let end = Instant::now() + LINGER;
+        let stopped = Instant::now();
+        let end = stopped + LINGER;
         while Instant::now() < end
             && control.answers.load(Ordering::Relaxed) < sent.load(Ordering::Relaxed)
         {
             thread::sleep(Duration::from_millis(1));
         }
         done.store(true, Ordering::Relaxed);
-        receiver
+        let mut report: UdpReport = receiver
             .join()
-            .map_err(|p| Error::Panicked(panic_text(&*p)))
+            .map_err(|p| Error::Panicked(panic_text(&*p)))?;
+        // Waiting for answers that were lost is no silence of the service.
+        report.samples.end_at(stopped);
+        Ok(report)
     })
 }
 
@@ -170,7 +174,6 @@ fn receive(
         report.samples.record(sent_at, now);
         control.answered();
     }
-    report.samples.end();
     report.sent = sent.load(Ordering::Relaxed);
     report
 }
