@@ -435,10 +435,10 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // vCPU threads first: one may be inside a device.
-        self.parts.devices.release();
-        self.vm = None;
+        // Devices first, while they are still quiet if they are: what a device did after the last
+        // capture would be an output or a write of no epoch. A vCPU inside one is let go by the stop.
         self.parts.devices.stop();
+        self.vm = None;
     }
 }
 
