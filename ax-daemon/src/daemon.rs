@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ax_api::host::{Code, PeerReport, ProcessReport, Reply, Request, VmReport};
+use ax_api::host::{Code, PeerReport, ProcessReport, Reply, Request, State, VmReport};
 use ax_api::process::{Role, Spec, Start};
 use ax_api::vm::Vm;
 use ax_wire::{Incarnation, PairId};
@@ -215,6 +215,7 @@ impl Daemon {
                 format!("{} has a process already (pid {})", vm.name, process.pid),
             ));
         }
+        has_memory(vm.memory)?;
         self.take_end(&vm.name);
         let places = Places::of(&self.config, &vm.name);
         let process = Process::spawn(&self.program, &self.spec(vm, start), &places).await;
@@ -296,7 +297,18 @@ impl Daemon {
         let vm = self.store.vm(name)?;
         let (reports, peer) = self.reports_of_both(asker).await;
         let silent = peer.filter(|p| !p.reachable).map(|p| p.host);
-        Ok(sum_up(vm, &reports, silent.as_deref()))
+        Ok(self.sum_up(vm, &reports, silent.as_deref()))
+    }
+
+    fn sum_up(&self, vm: Vm, reports: &[ProcessReport], silent: Option<&str>) -> VmReport {
+        let pair = vm.pair.to_string();
+        let its = reports.iter().filter(|r| r.pair == pair).cloned().collect();
+        let mut report = VmReport::sum_up(vm, its, silent);
+        if report.state == State::Stopped && self.is_missed(&report.vm.name) {
+            report.healthy = false;
+            report.note = "ended without being stopped; `axvm events` tells how".to_owned();
+        }
+        report
     }
 
     /// The role and process of a VM on this host, if it answers.
@@ -334,7 +346,7 @@ impl Daemon {
                 let (reports, peer) = self.reports_of_both(asker).await;
                 let silent = peer.as_ref().filter(|p| !p.reachable).map(|p| &*p.host);
                 let vms = self.store.vms().into_iter();
-                let vms = vms.map(|vm| sum_up(vm, &reports, silent)).collect();
+                let vms = vms.map(|vm| self.sum_up(vm, &reports, silent)).collect();
                 Ok(Reply::Vms { vms, peer })
             }
             Request::Show { name } => Ok(Reply::Vm {
@@ -385,8 +397,29 @@ impl Daemon {
     }
 }
 
-fn sum_up(vm: Vm, reports: &[ProcessReport], silent: Option<&str>) -> VmReport {
-    let pair = vm.pair.to_string();
-    let mine = reports.iter().filter(|r| r.pair == pair).cloned().collect();
-    VmReport::sum_up(vm, mine, silent)
+/// Whether the host has `wanted` bytes to give. Guest memory is taken page by page as it is used, so
+/// without this a guest too large for its host would be found out only in the middle of its work.
+fn has_memory(wanted: u64) -> Result<(), Failure> {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = text.lines().find_map(|line| {
+        let kib: u64 = line
+            .strip_prefix("MemAvailable:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .parse()
+            .ok()?;
+        kib.checked_mul(1024)
+    });
+    match available {
+        Some(available) if available < wanted => Err(Failure::new(
+            Code::Memory,
+            format!(
+                "not enough memory: {} MiB wanted, {} MiB available",
+                wanted >> 20,
+                available >> 20
+            ),
+        )),
+        // A system that does not say is left to the allocation itself.
+        _ => Ok(()),
+    }
 }

@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use ax_api::host::PeerRequest;
+
 use crate::daemon::Daemon;
 use crate::store::write_atomic;
 
@@ -46,6 +48,23 @@ impl Daemon {
         if let Err(e) = write_atomic(&path, boot_id().as_bytes()) {
             tracing::warn!("{}: {e}", path.display());
         }
+    }
+
+    /// [`Daemon::mark_stopped`] on both hosts. One that does not answer now hears of it from nobody;
+    /// it will call the VM missed, which is the safe side.
+    pub async fn mark_stopped_on_both(&self, name: &str) {
+        self.mark_stopped(name);
+        if let Some(peer) = &self.peer {
+            let name = name.to_owned();
+            let _ = peer.call(PeerRequest::Stopped { name }).await;
+        }
+    }
+
+    /// Whether the VM was started on this host and not stopped on purpose since: if nothing of it
+    /// runs, it is missed.
+    pub fn is_missed(&self, name: &str) -> bool {
+        let dir = self.config.vm_dir(name);
+        dir.join("spec.json").exists() && !dir.join("stopped").exists()
     }
 
     /// Forgets it.

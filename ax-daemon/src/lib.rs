@@ -15,7 +15,8 @@
 //! - [`config`]: `axd.toml`. [`define`], [`store`]: definitions, kept the same on both hosts by [`sync`].
 //! - [`process`], [`control`]: one `ax-vmm`, and how to talk to it. [`supervise`]: its events, its end,
 //!   and finding it again. [`journal`], [`images`]: what a start leaves on disk.
-//! - [`daemon`]: what an axd holds, and the way of a request. [`start`]: all or nothing. [`ops`]: the rest.
+//! - [`daemon`]: what an axd holds, and the way of a request. [`start`] and [`shadow`]: all or
+//!   nothing, on this host and the other. [`ops`]: the rest.
 //!   [`console`], [`events`], [`autostart`].
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
@@ -37,6 +38,7 @@ pub mod process;
 pub mod run;
 pub mod selfcheck;
 pub mod server;
+pub mod shadow;
 pub mod start;
 pub mod store;
 pub mod supervise;

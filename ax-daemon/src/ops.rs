@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::host::{Code, Definition, HostEvent, NewVm, PeerRequest, Reply, Request};
-use ax_api::process::{self, Phase, Role};
+use ax_api::process::{self, Role};
 use ax_wire::Generation;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
@@ -212,7 +212,7 @@ impl Daemon {
         let _claim = self.claim(name)?;
         tell.progress(format!("stopping {name}"));
         control::order(&process.control, &process::Request::Stop, ORDERLY).await?;
-        self.mark_stopped(name);
+        self.mark_stopped_on_both(name).await;
         self.until_gone(&process).await;
         // The other side exits by the same record; if it does not, it is ended: the record says
         // stopped, so nothing can be lost. A user's axd there waits for its own.
@@ -456,16 +456,5 @@ impl Daemon {
             }
         }
         Ok(())
-    }
-
-    /// Whether a process of this host runs its guest or is about to.
-    pub async fn runs_here(&self, name: &str) -> bool {
-        match self.process(name) {
-            Some(process) => process
-                .status()
-                .await
-                .is_none_or(|s| s.phase != Phase::Ending),
-            None => false,
-        }
     }
 }

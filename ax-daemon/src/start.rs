@@ -38,8 +38,6 @@ const ASK_EVERY: Duration = Duration::from_millis(20);
 const SETBACK_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a primary may take to reach its shadow.
 const DIALLING: Duration = Duration::from_secs(15);
-/// How long a shadow may take until it waits for its primary.
-const SHADOW_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a start without a shadow is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -436,101 +434,15 @@ impl Daemon {
             self.let_go(&primary);
         }
         images::remove(&made.images);
+        let _ = std::fs::remove_file(self.config.vm_dir(&vm.name).join("spec.json"));
         if made.defined {
             let _ = std::fs::remove_dir_all(self.config.vm_dir(&vm.name).join("state"));
-            let _ = std::fs::remove_file(self.config.vm_dir(&vm.name).join("spec.json"));
             if let Err(e) = self.store.change(&vm.name, None) {
                 failure.why = format!("{}; its definition stays: {e}", failure.why);
             }
             self.sync_soon();
         }
         failure
-    }
-
-    /// The asked side of [`PeerRequest::SpawnShadow`].
-    ///
-    /// # Errors
-    /// What failed here; nothing is left.
-    pub async fn spawn_shadow(
-        self: &Arc<Self>,
-        definition: Definition,
-        operation: u64,
-    ) -> Result<Reply, Failure> {
-        let name = definition.name.clone();
-        let _claim = self.claim(&name)?;
-        self.take_definitions(vec![definition.clone()])?;
-        let Some(vm) = definition
-            .vm
-            .filter(|vm| self.store.vm(&name).is_ok_and(|v| v == *vm))
-        else {
-            return Err(Failure::new(
-                Code::State,
-                format!("{name} is defined otherwise here, by a newer change"),
-            ));
-        };
-        let made = images::prepare(&self.config, &vm)?;
-        self.made.lock().insert((name.clone(), operation), made);
-        let run = async {
-            self.journal(&name)
-                .begin()
-                .map_err(|e| Failure::io("noting the start down", &e))?;
-            let process = self.spawn(&vm, Start::Shadow).await?;
-            let deadline = Instant::now() + SHADOW_PATIENCE;
-            loop {
-                if process.exited().is_some() {
-                    return Err(process.why_it_ended());
-                }
-                match process.status().await {
-                    Some(s) if s.phase == Phase::Waiting && !s.listen.is_empty() => {
-                        return Ok(Reply::Shadow {
-                            incarnation: s.incarnation,
-                            listen: s.listen,
-                        });
-                    }
-                    _ if Instant::now() > deadline => {
-                        return Err(Failure::new(
-                            Code::Failed,
-                            "the shadow does not come to wait for its primary",
-                        ));
-                    }
-                    _ => tokio::time::sleep(ASK_EVERY).await,
-                }
-            }
-        };
-        match run.await {
-            Ok(reply) => Ok(reply),
-            Err(failure) => {
-                self.undo_shadow(&name, operation).await;
-                Err(failure)
-            }
-        }
-    }
-
-    /// The asked side of [`PeerRequest::Undo`]: ends the shadow of a start that failed and removes the
-    /// images made for it. Why the shadow had ended by itself, if it had.
-    pub async fn undo_shadow(&self, name: &str, operation: u64) -> String {
-        // Unknown: never begun here, or settled. Then its process is none of this start's business.
-        let Some(made) = self.made.lock().remove(&(name.to_owned(), operation)) else {
-            return String::new();
-        };
-        if let Some(process) = self.process(name) {
-            if process.exited().is_some() {
-                self.note_end(&process);
-            }
-            process.kill_and_wait().await;
-            self.let_go(&process);
-        }
-        let why = self.take_end(name).unwrap_or_default();
-        images::remove(&made);
-        self.journal(name).end();
-        why
-    }
-
-    /// The asked side of [`PeerRequest::Settle`].
-    pub fn settle(&self, name: &str, operation: u64) {
-        self.made.lock().remove(&(name.to_owned(), operation));
-        self.journal(name).end();
-        self.unmark_stopped(name);
     }
 
     /// Starts a VM as autostart does: alone rather than not at all.

@@ -30,7 +30,7 @@ impl Daemon {
                 _ => false,
             };
             if clean {
-                daemon.mark_stopped(&process.name);
+                daemon.mark_stopped_on_both(&process.name).await;
             }
             daemon.note_end(&process);
             daemon.let_go(&process);

@@ -139,6 +139,12 @@ impl Daemon {
                 self.settle(&name, operation);
                 done()
             }
+            PeerRequest::Stopped { name } => {
+                if self.store.vm(&name).is_ok() {
+                    self.mark_stopped(&name);
+                }
+                done()
+            }
             PeerRequest::Fence { pair, generation } => Reply::Gone {
                 incarnations: self.end_older(&pair, generation).await,
             },

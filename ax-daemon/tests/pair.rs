@@ -121,6 +121,24 @@ fn a_killed_shadow_leaves_the_primary_alone() {
     let report = pair.a.until("web", State::Alone);
     assert_eq!(report.primary.as_deref(), Some("a"));
     assert!(pair.b.vmm_pids().is_empty());
+    // With both gone it is missed, on either host, until it is stopped on purpose or started anew.
+    pair.a.done(&kill("web", None));
+    for host in [&pair.a, &pair.b] {
+        let report = host.until("web", State::Stopped);
+        assert!(
+            !report.healthy && report.note.contains("without being stopped"),
+            "{report:?}"
+        );
+    }
+    pair.b.done(&start_known("web"));
+    pair.a.done(&stop("web", false));
+    for host in [&pair.a, &pair.b] {
+        assert!(
+            host.until("web", State::Stopped).healthy,
+            "on {}",
+            host.name
+        );
+    }
 }
 
 #[test]
@@ -417,6 +435,65 @@ fn a_user_who_goes_away_does_not_end_what_was_asked_for() {
     start_and_leave(&pair, "");
     pair.a.until_known("web");
     pair.a.until("web", State::Protected);
+}
+
+#[test]
+fn a_vm_too_large_for_its_host_is_refused_before_anything_runs() {
+    let pair = Pair::running();
+    let mut wanted = vm("big", Mode::Ft, "");
+    wanted.memory = ax_api::units::Bytes(1 << 40);
+    let (code, why) = pair.a.fails(&start(wanted));
+    assert_eq!(code, Code::Memory, "{why}");
+    assert!(why.contains("1048576 MiB wanted"), "{why}");
+    for host in [&pair.a, &pair.b] {
+        host.assert_clean("big");
+        assert!(host.list().is_empty());
+    }
+}
+
+#[test]
+fn events_are_followed_on_both_hosts() {
+    let pair = Pair::running();
+    let mut stream = UnixStream::connect(pair.a.socket()).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    let request = Request::Events {
+        vm: Some(named("web")),
+        follow: true,
+        both_hosts: true,
+    };
+    let line = serde_json::to_string(&request).unwrap();
+    stream.write_all(format!("{line}\n").as_bytes()).unwrap();
+    pair.a.done(&start(vm("other", Mode::None, "")));
+    pair.a.done(&start(vm("web", Mode::Ft, "")));
+    let mut seen = std::collections::BTreeSet::new();
+    for line in BufReader::new(stream).lines() {
+        match serde_json::from_str(&line.unwrap()).unwrap() {
+            Reply::Event { event } => {
+                assert_eq!(event.vm.as_deref(), Some("web"));
+                seen.insert(event.host);
+            }
+            other => panic!("{other:?}"),
+        }
+        if seen.len() == 2 {
+            return;
+        }
+    }
+    panic!("it ended after {seen:?}");
+}
+
+#[test]
+fn an_orderly_end_of_axd_leaves_its_guests() {
+    let mut pair = Pair::running();
+    pair.a.done(&start(vm("web", Mode::None, "")));
+    let before = pair.a.vmm_pids();
+    let mut axd = pair.a.axd.take().unwrap();
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(axd.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(axd.wait().unwrap().success());
+    assert!(!pair.a.socket().exists());
+    assert_eq!(pair.a.vmm_pids(), before);
+    pair.a.start();
+    assert_eq!(pair.a.show("web").state, State::Unprotected);
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use ax_wire::{Generation, Incarnation, PairId};
 
 use super::*;
+use crate::process::{Phase, Role, Status};
 
 fn vm(mode: Mode) -> Vm {
     Vm {

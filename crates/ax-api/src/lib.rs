@@ -3,6 +3,7 @@
 //! - [`vm`]: what a user defines: one VM.
 //! - [`process`]: what axd hands one `ax-vmm` process, and how they talk afterwards.
 //! - [`host`]: what axvm asks axd, and one axd the other.
+//! - [`report`]: how a VM is, taken over both hosts.
 //! - [`units`]: sizes and hardware addresses as people write them.
 //!
 //! All of it travels as JSON, one document a line, over Unix sockets (and between the axds over
@@ -10,5 +11,6 @@
 
 pub mod host;
 pub mod process;
+pub mod report;
 pub mod units;
 pub mod vm;

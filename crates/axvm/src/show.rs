@@ -18,6 +18,8 @@ use crate::client::Failure;
 pub struct Show {
     output: Output,
     bar: RefCell<Option<ProgressBar>>,
+    /// Last text and tenth told, where there is no bar.
+    told: RefCell<Option<(String, u64)>>,
 }
 
 impl Show {
@@ -26,6 +28,7 @@ impl Show {
         Show {
             output,
             bar: RefCell::new(None),
+            told: RefCell::new(None),
         }
     }
 
@@ -71,7 +74,10 @@ impl Show {
             }
             Some((done, total)) => {
                 let percent = done.saturating_mul(100).checked_div(total).unwrap_or(0);
-                eprintln!("{text}: {percent} %");
+                let now = Some((text.to_owned(), percent / 10));
+                if self.told.replace(now.clone()) != now {
+                    eprintln!("{text}: {percent} %");
+                }
             }
             None => {
                 self.progress_ends();

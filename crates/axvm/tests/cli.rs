@@ -321,6 +321,7 @@ fn progress_goes_to_standard_error_and_never_into_json() {
             progress("starting", None),
             Reply::Alive,
             progress("copying", Some((1, 4))),
+            progress("copying", Some((1001, 4000))),
         ];
         lines.extend(done("web runs"));
         lines

@@ -1,0 +1,161 @@
+//! How a VM is, taken over both hosts.
+
+use serde::{Deserialize, Serialize};
+
+use crate::process::{Phase, Role, Status};
+use crate::vm::Vm;
+
+/// A process of a VM, as one host sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProcessReport {
+    /// The host.
+    pub host: String,
+    /// The VM's name.
+    pub name: String,
+    /// The VM's identity, in hexadecimal.
+    pub pair: String,
+    /// Process id on that host.
+    pub pid: i32,
+    /// What it says of itself; none if it does not answer.
+    pub status: Option<Status>,
+}
+
+/// Where a VM is, taken over both hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Runs nowhere.
+    Stopped,
+    /// On its way.
+    Starting,
+    /// Runs; the initial copy is on its way.
+    Syncing,
+    /// Runs, protected as its mode says.
+    Protected,
+    /// Runs alone: no protection, though its mode asks for it.
+    Alone,
+    /// Runs, local only, as its mode says.
+    Unprotected,
+    /// May not run until a question is answered.
+    Held,
+    /// Paused by the operator.
+    Paused,
+    /// On its way out.
+    Ending,
+    /// A process does not answer, or the host that may run it does not.
+    Unknown,
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            State::Stopped => "stopped",
+            State::Starting => "starting",
+            State::Syncing => "syncing",
+            State::Protected => "protected",
+            State::Alone => "alone",
+            State::Unprotected => "unprotected",
+            State::Held => "held",
+            State::Paused => "paused",
+            State::Ending => "ending",
+            State::Unknown => "unknown",
+        })
+    }
+}
+
+/// One VM over both hosts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmReport {
+    /// Its definition.
+    pub vm: Vm,
+    /// Where it is.
+    pub state: State,
+    /// Whether an operator may sleep: false when something is unprotected, held or unknown.
+    pub healthy: bool,
+    /// What there is to say beyond the state; empty with nothing to say.
+    pub note: String,
+    /// Host that runs it.
+    pub primary: Option<String>,
+    /// Host that shadows it.
+    pub shadow: Option<String>,
+    /// Its processes.
+    pub processes: Vec<ProcessReport>,
+}
+
+impl VmReport {
+    /// Sums up what the processes of `vm` say. `unreachable` names a host that was asked and did
+    /// not answer.
+    pub fn sum_up(vm: Vm, processes: Vec<ProcessReport>, unreachable: Option<&str>) -> VmReport {
+        let with_role = |role| {
+            processes
+                .iter()
+                .filter_map(move |p| p.status.as_ref().filter(|s| s.role == role).map(|s| (p, s)))
+        };
+        // During a failover two processes can call themselves primary; the newer generation is right.
+        let primary = with_role(Role::Primary).max_by_key(|(_, s)| s.generation);
+        let shadow = with_role(Role::Shadow).max_by_key(|(_, s)| s.generation);
+        let silent = processes.iter().find(|p| p.status.is_none());
+
+        let state_of = |phase: &Phase| match phase {
+            Phase::Starting | Phase::Waiting | Phase::Entering => (State::Starting, String::new()),
+            Phase::Syncing { done, total } => {
+                let percent = done.saturating_mul(100).checked_div(*total).unwrap_or(0);
+                (State::Syncing, format!("{percent} %"))
+            }
+            Phase::Protected => (State::Protected, String::new()),
+            Phase::Alone => (State::Alone, "runs without a shadow".to_owned()),
+            Phase::Unprotected => (State::Unprotected, String::new()),
+            Phase::Held { waits_for } => (State::Held, format!("waits for {waits_for}")),
+            Phase::Paused => (State::Paused, String::new()),
+            Phase::Ending => (State::Ending, String::new()),
+        };
+        let (state, note) = match (primary, shadow) {
+            (Some((_, status)), _) => state_of(&status.phase),
+            (None, _) if silent.is_some() => (
+                State::Unknown,
+                silent
+                    .map(|p| format!("its process {} on {} does not answer", p.pid, p.host))
+                    .unwrap_or_default(),
+            ),
+            (None, Some((_, status))) => match &status.phase {
+                Phase::Held { .. } => state_of(&status.phase),
+                _ => match unreachable {
+                    Some(host) => (State::Unknown, format!("host {host} does not answer")),
+                    None => (State::Starting, "a shadow without a primary".to_owned()),
+                },
+            },
+            (None, None) => match unreachable {
+                Some(host) => (
+                    State::Unknown,
+                    format!("runs not here; host {host} does not answer"),
+                ),
+                None => (State::Stopped, String::new()),
+            },
+        };
+        let healthy = match state {
+            State::Protected | State::Unprotected | State::Paused | State::Ending => true,
+            State::Stopped => !vm.autostart,
+            State::Starting | State::Syncing | State::Alone | State::Held | State::Unknown => false,
+        };
+        VmReport {
+            state,
+            healthy,
+            note,
+            primary: primary.map(|(p, _)| p.host.clone()),
+            shadow: shadow.map(|(p, _)| p.host.clone()),
+            vm,
+            processes,
+        }
+    }
+}
+
+/// How the other host is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerReport {
+    /// Its name.
+    pub host: String,
+    /// Whether its axd answers.
+    pub reachable: bool,
+    /// Why not; empty when it does.
+    pub why: String,
+}
