@@ -498,6 +498,13 @@ impl Conductor {
                 if let Some(asker) = &self.asker {
                     asker.ask(from, change);
                 }
+                // Rule 24: the old permission is over. A bridge forwards for a tap a moment after it
+                // has been opened; that moment passes while the arbiter is asked. Nothing is sent.
+                if self.shadowing.is_some()
+                    && let Err(error) = self.parts.taps.open()
+                {
+                    tracing::warn!(%error, "before the grant");
+                }
             }
             Action::FreezeOutputs => self.parts.barrier.freeze(),
             Action::HoldOutputs => {
@@ -632,7 +639,7 @@ impl Conductor {
     fn keep_announcing(&self) {
         let taps = Arc::clone(&self.parts.taps);
         let again = move || {
-            for pause in [50, 100, 200, 400, 800, 1600] {
+            for pause in [1, 2, 4, 8, 15, 30, 60, 120, 250, 500, 1000, 2000] {
                 std::thread::sleep(Duration::from_millis(pause));
                 taps.announce();
             }

@@ -129,6 +129,8 @@ impl EpochSource for Source {
 struct Beats {
     engine: PrimaryHandle,
     generation: Mutex<Generation>,
+    /// The last epoch before this protection began.
+    copied_after: EpochId,
 }
 
 impl ProgressSource for Beats {
@@ -144,7 +146,9 @@ impl ProgressSource for Beats {
             applied: at.applied,
             acked: at.acked,
             oldest_held_ns: at.oldest_held_ns,
-            pending: self.engine.work_pending(),
+            // The first epoch is acknowledged only when memory and disks are in sync, which takes as
+            // long as it takes; a dead or silent shadow is noticed all the same.
+            pending: at.acked > self.copied_after && self.engine.work_pending(),
         }
     }
 }
@@ -241,6 +245,7 @@ impl Protection {
         let beats = Arc::new(Beats {
             engine: handle.clone(),
             generation: Mutex::new(session.generation),
+            copied_after: handle.progress().acked,
         });
         let link = |e: ax_link::LinkError| Error::Link(e.to_string());
         let told = Arc::clone(&tell);
