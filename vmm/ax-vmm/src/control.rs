@@ -34,6 +34,9 @@ pub struct Order {
     pub reply: mpsc::Sender<Reply>,
 }
 
+/// Takes bytes typed at the console.
+pub type TypeIn = Box<dyn Fn(&[u8]) + Send + Sync>;
+
 /// What connections are served from.
 pub struct Boards {
     /// Says how things are now.
@@ -43,7 +46,7 @@ pub struct Boards {
     /// The guest's console, released bytes only.
     pub console: Arc<Console>,
     /// Where bytes typed at the console go.
-    pub type_in: Box<dyn Fn(&[u8]) + Send + Sync>,
+    pub type_in: TypeIn,
     /// Hands an order to the conductor.
     pub order: Box<dyn Fn(Order) + Send + Sync>,
 }

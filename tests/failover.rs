@@ -1,0 +1,216 @@
+//! The whole product as its users have it: two hosts with axd, a witness, clients on the network, and
+//! hosts that die.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use probe_guest::port;
+use testkit::client::{Oracle, Origin, incr, ledger, nonce, udp};
+use testkit::net::addr;
+use testkit::site::{Side, Site, SiteSpec};
+use testkit::{require_kvm, require_lab};
+
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 10);
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Long enough for an output that was not held to be seen.
+const QUIET: Duration = Duration::from_millis(1500);
+
+/// One site at a time: these machines have two cores.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn protected(spec: SiteSpec, more: &[&str]) -> Site {
+    let site = Site::new(spec).unwrap();
+    let cmdline = format!("ip={GUEST}/{}", addr::LAN_PREFIX);
+    let mut args = vec!["start", "vm", "--mode", "ft", "--probe", "--memory", "128M"];
+    args.extend([
+        "--disk",
+        "vm.img,size=64M",
+        "--net",
+        "tap=axtap0",
+        "--cmdline",
+        &cmdline,
+    ]);
+    args.extend(more);
+    site.run_axvm(Side::A, &args).unwrap();
+    site
+}
+
+fn at(port: u16) -> SocketAddr {
+    (GUEST, port).into()
+}
+
+struct Clients {
+    udp: Oracle<udp::UdpReport>,
+    incr: Oracle<incr::IncrReport>,
+    ledger: Oracle<ledger::LedgerReport>,
+    nonce: Oracle<nonce::NonceReport>,
+}
+
+impl Clients {
+    fn start(site: &Site) -> Clients {
+        let origin = Origin::In(site.lab.client.net().clone());
+        let clients = Clients {
+            udp: udp::start(&origin, udp::UdpSpec::new(at(port::ECHO))).unwrap(),
+            incr: incr::start(&origin, incr::IncrSpec::new(at(port::RESP), "n")).unwrap(),
+            ledger: ledger::start(&origin, ledger::LedgerSpec::new(at(port::LEDGER), "n")).unwrap(),
+            nonce: nonce::start(&origin, nonce::NonceSpec::new(at(port::NONCE))).unwrap(),
+        };
+        clients.go_on(200);
+        clients
+    }
+
+    /// Every client is answered again.
+    fn go_on(&self, answers: u64) {
+        let now = [
+            self.udp.answers(),
+            self.incr.answers(),
+            self.ledger.answers(),
+        ];
+        self.udp
+            .wait_for_answers(now[0] + answers, PATIENCE)
+            .unwrap();
+        self.incr
+            .wait_for_answers(now[1] + answers, PATIENCE)
+            .unwrap();
+        self.ledger
+            .wait_for_answers(now[2] + answers / 10, PATIENCE)
+            .unwrap();
+    }
+
+    /// Nothing was lost, doubled, reordered or broken, and no uncommitted output escaped (I1).
+    fn are_content(self) {
+        let ledger = self.ledger.stop().unwrap();
+        let incr = self.incr.stop().unwrap();
+        let nonce = self.nonce.stop().unwrap();
+        self.udp.stop().unwrap();
+        let verdict = incr.verdict + ledger.verdict;
+        assert!(
+            verdict.is_clean(),
+            "{verdict:?} {:?} {:?}",
+            incr.breaks,
+            ledger.breaks
+        );
+        assert!(nonce.violations.is_empty(), "I1: {:?}", nonce.violations);
+        assert!(nonce.replies > 0);
+    }
+}
+
+fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !check() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn host_dies(spec: SiteSpec, more: &[&str]) {
+    let site = protected(spec, more);
+    let clients = Clients::start(&site);
+    site.host(Side::A).kill_all().unwrap();
+    clients.go_on(200);
+    eventually("b says that it runs the guest", || {
+        site.primary(Side::B, "vm")
+            .is_ok_and(|side| side == Some(Side::B))
+    });
+    clients.are_content();
+}
+
+#[test]
+fn a_host_dies_and_nobody_outside_can_tell() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    host_dies(SiteSpec::default(), &["--verify-every", "50"]);
+}
+
+#[test]
+fn a_host_dies_with_two_vcpus_a_dirty_ring_and_a_plain_link() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let spec = SiteSpec {
+        mtls: false,
+        ..SiteSpec::default()
+    };
+    host_dies(spec, &["--cpus", "2", "--dirty", "ring"]);
+}
+
+/// I3: nothing is shown by a side that nobody has granted to run, and it runs once it is granted.
+#[test]
+fn without_the_witness_nobody_takes_over_and_with_it_again_the_guest_goes_on() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let mut site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    site.witness().unwrap().kill().unwrap();
+    site.host(Side::A).kill_all().unwrap();
+    std::thread::sleep(QUIET);
+    let silent = clients.udp.answers();
+    std::thread::sleep(QUIET);
+    assert_eq!(clients.udp.answers(), silent, "an output without a grant");
+    let mut check = site.axvm(Side::B);
+    let listed = check.args(["list", "--check"]).output().unwrap();
+    assert_eq!(listed.status.code(), Some(4), "{listed:?}");
+    site.start_witness().unwrap();
+    clients.go_on(200);
+    clients.are_content();
+}
+
+/// The daemons are not on the guest's path.
+#[test]
+fn with_both_daemons_dead_a_killed_primary_fails_over_all_the_same() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let mut site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    for side in [Side::A, Side::B] {
+        site.axd(side).unwrap().kill().unwrap();
+    }
+    clients.go_on(200);
+    site.host(Side::A).kill_all().unwrap();
+    clients.go_on(200);
+    site.start_axd(Side::B).unwrap();
+    eventually("the new axd finds the guest", || {
+        site.primary(Side::B, "vm")
+            .is_ok_and(|side| side == Some(Side::B))
+    });
+    clients.are_content();
+}
+
+#[test]
+fn redis_benchmark_runs_across_a_failover_without_an_error() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let site = protected(SiteSpec::default(), &[]);
+    let port = port::RESP.to_string();
+    let guest = GUEST.to_string();
+    let mut benchmark = site.lab.client.command("redis-benchmark");
+    benchmark.args(["-h", &guest, "-p", &port, "-c", "20", "-n", "200000", "-q"]);
+    benchmark.args(["-t", "set,get,incr"]);
+    let running = benchmark
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    site.host(Side::A).kill_all().unwrap();
+    let done = running.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    assert!(!said.to_lowercase().contains("error"), "{said}");
+    for test in ["SET", "GET", "INCR"] {
+        assert!(said.contains(&format!("{test}: ")), "{said}");
+    }
+    assert_eq!(site.primary(Side::B, "vm").unwrap(), Some(Side::B));
+}
