@@ -30,7 +30,7 @@ use crate::error::Error;
 use crate::events::Events;
 use crate::hello::hello;
 use crate::parts::Parts;
-use crate::protect::{self, Protecting, Protection};
+use crate::protect::{self, Parked, Protecting, Protection};
 use crate::session::{self, Dialled, Gathered, Gathering, Took};
 use crate::shadowing::{self, Following, Shadowing};
 
@@ -355,7 +355,7 @@ impl Conductor {
             let _ = waiting.send(reply.clone());
         }
         if let Some(protection) = self.protection.take() {
-            protection.end(&self.parts, clean);
+            protection.end(&self.parts, clean, Parked::Stays);
         }
         if let Some(mut shadowing) = self.shadowing.take() {
             shadowing.leave(clean);
@@ -541,8 +541,9 @@ impl Conductor {
             Action::Boot(record) => self.start_guest(Some(record))?,
             Action::Promote(record) => return self.promote(record),
             Action::DropShadow => {
+                // Every record that drops a shadow lets this process run the guest.
                 if let Some(protection) = self.protection.take() {
-                    protection.end(&self.parts, false);
+                    protection.end(&self.parts, false, Parked::GoesOn);
                 }
             }
             Action::ParkForGood => return self.park_for_good(),

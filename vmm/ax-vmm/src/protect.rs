@@ -157,8 +157,17 @@ impl ProgressSource for Beats {
 enum Order {
     /// Lets a guest that the final epoch left parked go on, protected as before.
     Unpark,
-    /// Ends the thread; the guest stays as it is.
-    End,
+    /// Ends the thread. A guest that the final epoch left parked goes as told.
+    End(Parked),
+}
+
+/// What becomes of a guest that the final epoch left parked when its protection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parked {
+    /// It goes on: the record lets this process run it alone.
+    GoesOn,
+    /// It stays parked: this process ends, or the guest runs on the other side (I3).
+    Stays,
 }
 
 /// A shadow being filled, or in step.
@@ -283,7 +292,8 @@ impl Protection {
                                 next = redial(&connector, session, Instant::now() + patience)
                                     .map_err(|e| e.to_string());
                             }
-                            Ok(Order::End) | Err(_) => return,
+                            Ok(Order::End(Parked::GoesOn)) => break,
+                            Ok(Order::End(Parked::Stays)) | Err(_) => return,
                         }
                     }
                     Err((again, why)) => {
@@ -353,12 +363,12 @@ impl Protection {
         let _ = self.orders.send(Order::Unpark);
     }
 
-    /// Ends the protection: with a goodbye, or as a cut. The guest runs on unless it was parked by a
-    /// final epoch.
-    pub fn end(mut self, parts: &Parts, goodbye: bool) {
+    /// Ends the protection: with a goodbye, or as a cut. The guest runs on; one parked by a final
+    /// epoch does as `parked` says.
+    pub fn end(mut self, parts: &Parts, goodbye: bool, parked: Parked) {
         parts.bell.set(None);
         self.engine.stop();
-        let _ = self.orders.send(Order::End);
+        let _ = self.orders.send(Order::End(parked));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
