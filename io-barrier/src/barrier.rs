@@ -518,6 +518,10 @@ impl Barrier {
         loop {
             let _ = self.drain_sealed(sink, EpochId(u64::MAX), |_| true);
             let mut queue = self.queue.lock();
+            if !queue.sealed.is_empty() {
+                // Sealed since: it is older than what is open now, and must not be left behind.
+                continue;
+            }
             if queue.open.is_empty() {
                 queue.gate = Gate::Passing;
                 return;

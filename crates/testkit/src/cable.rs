@@ -179,8 +179,9 @@ fn pump(way: Way, mut from: &TcpStream, mut to: &TcpStream, shared: &Shared) -> 
         }
         let piece = &mut buffer[..len];
         let whole = suffer(way, piece, shared);
-        to.write_all(&piece[..whole])?;
+        // Counted first: whoever has seen the bytes must find them counted.
         shared.state().passed[way as usize] += whole as u64;
+        to.write_all(&piece[..whole])?;
         if whole < len {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
