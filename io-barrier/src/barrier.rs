@@ -8,7 +8,7 @@ use ax_wire::EpochId;
 use ax_wire::records::{Record, RecordKind, Records, push, record_size};
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::{Clock, FtGrant, Grant, ShadowOutputs, SoloGrant};
+use crate::{Clock, FtGrant, Grant, ShadowOutputs, ShadowOutputsFull, SoloGrant};
 
 /// Why the guest machine as a whole stops or starts again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -474,6 +474,28 @@ impl Barrier {
     pub fn freeze(&self) {
         let _sink = self.sink.lock();
         self.queue.lock().gate = Gate::Frozen;
+    }
+
+    /// This side hands over (rule 25): nothing leaves any more, and the outputs of committed epochs
+    /// that have not left are put into `outputs`, which the shadow that it becomes starts from. The
+    /// guest is paused since its last epoch was sealed, so the open epoch is empty.
+    ///
+    /// # Errors
+    /// They do not fit: more than a shadow remembers. Nothing has changed but the gate.
+    pub fn retire(&self, outputs: &mut ShadowOutputs) -> Result<(), ShadowOutputsFull> {
+        let _sink = self.sink.lock();
+        let mut queue = self.queue.lock();
+        queue.gate = Gate::Frozen;
+        outputs.released(self.released());
+        for held in &queue.sealed {
+            let rest = held.records.get(held.at..).unwrap_or_default();
+            outputs.push(held.epoch, rest)?;
+        }
+        while let Some(mut held) = queue.sealed.pop_front() {
+            held.records.clear();
+            queue.spare.push(held.records);
+        }
+        Ok(())
     }
 
     /// The VM runs alone: everything held leaves, in order, and everything later at once.

@@ -193,6 +193,8 @@ impl Machine {
                 "restore: this machine has been booted or restored already",
             ));
         }
+        // Those of a vacated machine are stopped, not quiet.
+        self.parts.devices.quiesce();
         let elapsed = Elapsed::from_now(elapsed);
         let saved = Saved::read(state)?;
         let of = saved.machine()?;
@@ -430,6 +432,32 @@ impl Machine {
         self.vm = Some(vm);
         self.promoted = false;
         self.load_kernel()
+    }
+
+    /// Gives the guest up to another machine and becomes one that follows it (rule 25): new KVM
+    /// objects, devices as at power-on and not started, RAM as it is. Waits for disk I/O that has begun.
+    /// It then takes [`Machine::write_pages`] and [`Machine::restore`], as a new machine does. Dirty
+    /// pages are not tracked any more.
+    ///
+    /// # Errors
+    /// Unless paused, or when KVM refuses; the machine can't go on in the latter case.
+    pub fn vacate(&mut self) -> Result<()> {
+        if self.phase != Phase::Paused {
+            return Err(Error::Order("vacate: pause the machine first"));
+        }
+        self.track_dirty(false)?;
+        self.parts.devices.stop();
+        self.devices_started = false;
+        drop(self.vm.take()); // before the new one: an eventfd can raise interrupts in one VM only
+        self.parts.devices.reset().map_err(devices)?;
+        self.parts.power.put(None);
+        let vm = Vm::new(&self.parts)?;
+        self.tracker
+            .adopt(self.config.dirty, &vm, &self.parts.ram)?;
+        self.vm = Some(vm);
+        self.promoted = false;
+        self.phase = Phase::New;
+        Ok(())
     }
 }
 

@@ -4,13 +4,15 @@
 //! primary speaks, the shadow answers each message with one of its own, so that one thread a
 //! side is enough.
 
+use std::net::SocketAddr;
+
 use bincode::{Decode, Encode};
 
 use crate::frame::{FrameError, FrameKind, frame};
 use crate::record::Record;
 
 /// One message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum PeerMessage {
     /// Primary to shadow: every connection of the session is there, the initial copy begins.
     Begin,
@@ -28,6 +30,9 @@ pub enum PeerMessage {
     Done,
     /// Primary to shadow: stopped in order by this record (rule 26).
     Stopped(Record),
+    /// The one that handed over to the one that now runs: it is the shadow from here on, in sync at
+    /// the final epoch, and is to be dialled at one of these addresses (rule 25).
+    Follow(Vec<SocketAddr>),
 }
 
 /// Why bytes are not a message.
@@ -84,11 +89,16 @@ mod tests {
     #[test]
     fn a_message_reads_back_and_nothing_may_follow_it() {
         let record = Record::defined(Copies::Both, Arbiter::Operator);
-        let message = PeerMessage::HandOver(record);
-        let mut bytes = message.encode().unwrap();
-        assert_eq!(PeerMessage::parse(&bytes[HEADER..]), Ok(message));
-        bytes.push(0);
-        assert!(PeerMessage::parse(&bytes[HEADER..]).is_err());
+        let at = ["192.0.2.1:7000", "[2001:db8::1]:7000"].map(|a| a.parse().unwrap());
+        for message in [
+            PeerMessage::HandOver(record),
+            PeerMessage::Follow(at.to_vec()),
+        ] {
+            let mut bytes = message.encode().unwrap();
+            assert_eq!(PeerMessage::parse(&bytes[HEADER..]), Ok(message));
+            bytes.push(0);
+            assert!(PeerMessage::parse(&bytes[HEADER..]).is_err());
+        }
     }
 
     proptest! {

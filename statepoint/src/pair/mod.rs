@@ -12,7 +12,8 @@
 //!                                 └───────────── granted ── AskingAlone ◄─────────────────┘
 //!  shadow    Copying ─first epoch acknowledged─► InSync ─peer lost: freeze acks─► Waiting
 //!            ─W over─► AskingTakeover ─granted─► Promoting ─runs─► Alone (now primary)
-//!  planned   Ft ─final epoch acknowledged─► AskingHandover ─granted─► the shadow is told to run
+//!  planned   Ft ─final epoch acknowledged─► AskingHandover ─granted─► HandedOver: the shadow is told
+//!            to run ─it runs─► InSync (now shadow); the shadow: InSync ─told─► Promoting ─runs─► Ft
 //! ```
 //!
 //! Rules kept here: 20 (every change is asked from the generation known), 21 (whoever has asked
@@ -95,7 +96,7 @@ pub enum Action {
     Unpark,
     /// Tell the shadow that this record makes it holder.
     TellShadow(Record),
-    /// Become the shadow of the peer, from the final epoch on.
+    /// Become the shadow of the peer, from the final epoch on, and tell it where to connect.
     BecomeShadow(Record),
     /// End the process; the VM has stopped in order.
     EndClean(Record),

@@ -217,9 +217,14 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             Phase::HandedOver { record },
             vec![Action::TellShadow(record)],
         ),
-        (Phase::HandedOver { record }, Event::Running) => {
-            (Phase::Copying, vec![Action::BecomeShadow(record)])
-        }
+        // Its memory and disks are those of the final epoch, from which the other side goes on: the
+        // record names it in sync, and it is (rule 23).
+        (Phase::HandedOver { record }, Event::Running) => (
+            Phase::InSync {
+                known: record.generation,
+            },
+            vec![Action::BecomeShadow(record)],
+        ),
         // Rule 25: if the other side can't start, this one takes the next generation; it is named in
         // sync in the record, and has touched nothing since the final epoch.
         (Phase::HandedOver { record }, Event::PeerLost | Event::PromotionFailed) => (

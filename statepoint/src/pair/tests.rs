@@ -236,8 +236,16 @@ fn a_planned_failover_parks_drains_asks_tells_and_swaps_the_roles() {
     assert_eq!(actions, [Action::ReleaseAcked(ft(3, B, A))]);
     assert_eq!(shadow.may_release(), Some(ft(3, B, A)));
     let (swapped, actions) = pair.clone().step(Event::Running);
-    assert_eq!(swapped.phase, Phase::Copying);
+    assert_eq!(
+        swapped.phase,
+        Phase::InSync {
+            known: Generation(3)
+        }
+    );
     assert_eq!(actions, [Action::BecomeShadow(ft(3, B, A))]);
+    let (taken, _) = play(swapped, [Event::PeerLost, Event::PermissionOver]);
+    let (taken, _) = play(taken, [Event::Granted(alone(4, A)), Event::Running]);
+    assert_eq!(taken.may_release(), Some(alone(4, A)));
     let (back, actions) = pair.step(Event::PeerLost);
     assert_eq!(actions, [Action::Ask(Generation(3), Change::TakeSolo)]);
     let (back, _) = back.step(Event::Granted(alone(4, A)));

@@ -177,6 +177,16 @@ pub struct CommittedState {
     pub rx_given: RxCounts,
 }
 
+/// What a process has that becomes shadow by a planned failover (rule 25): its guest's memory is that
+/// of the final epoch, and so are its disks.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// The final epoch.
+    pub committed: CommittedState,
+    /// Outputs of committed epochs that have not left here ([`io_barrier::Barrier::retire`]).
+    pub outputs: ShadowOutputs,
+}
+
 /// What was committed and what outlives the connection.
 struct Memory {
     outputs: ShadowOutputs,
@@ -301,23 +311,27 @@ pub struct ShadowEngine<G, S> {
 impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
     /// An engine and the handle by which other threads reach it. Allocates every buffer.
     ///
-    /// `from` is what this process's own guest memory holds when it became shadow by a planned
-    /// failover (rule 25); none for a shadow that needs the initial copy.
+    /// `from` is what this process has when it becomes shadow by a planned failover (rule 25); none for
+    /// a shadow that needs the initial copy.
     pub fn new(
         config: ShadowConfig,
         guest: G,
         sink: S,
-        from: Option<CommittedState>,
+        from: Option<Inheritance>,
         events: Arc<dyn ShadowEvents>,
         clock: Arc<dyn Clock>,
     ) -> (ShadowEngine<G, S>, ShadowHandle) {
+        let (from, outputs) = match from {
+            Some(from) => (Some(from.committed), from.outputs),
+            None => (None, ShadowOutputs::new(config.output_bytes)),
+        };
         let epoch = from.as_ref().map_or(0, |c| c.epoch.0);
         let stages = Stages::new([Stage::new(&config), Stage::new(&config)]);
         let shared = Arc::new(Shared {
             generation: AtomicU64::new(config.primary.generation.0),
             backward: Backward::default(),
             memory: Mutex::new(Memory {
-                outputs: ShadowOutputs::new(config.output_bytes),
+                outputs,
                 received: ReceivedLog::new(config.received_bytes, RECEIVED_AGE_NS),
             }),
             stages: Mutex::new(stages),

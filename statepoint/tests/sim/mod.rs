@@ -18,13 +18,15 @@ use std::time::Duration;
 use ax_wire::record::{Arbiter, Flush, Member, Record as PairRecord, State};
 use ax_wire::state::StateReader;
 use ax_wire::{EpochId, Generation, Incarnation, PairId, Session, Side};
-use io_barrier::{Barrier, BarrierConfig, Boottime, FtGrant, SoloGrant};
+use io_barrier::{Barrier, BarrierConfig, Boottime, FtGrant, ShadowOutputs, SoloGrant};
 use parking_lot::Mutex;
 use statepoint::guest::Guest;
 use statepoint::primary::{
     PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle, Start,
 };
-use statepoint::shadow::{CommittedState, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle};
+use statepoint::shadow::{
+    CommittedState, Inheritance, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle,
+};
 
 pub const A: Member = Member {
     side: Side::A,
@@ -235,6 +237,12 @@ impl Pair {
         pair.barrier.on_pending(move || handle.wake());
         *pair.copy.memory.lock() = old.sim.lock().memory.clone();
         *pair.disk.0.lock() = (old.sim.lock().disk.clone(), from.epoch.0, true);
+        let mut outputs = ShadowOutputs::new(shadow_config().output_bytes);
+        old.barrier.retire(&mut outputs).unwrap();
+        let from = Inheritance {
+            committed: from,
+            outputs,
+        };
         (pair.shadow, pair.shadow_handle) = ShadowEngine::new(
             shadow_config(),
             pair.copy.clone(),

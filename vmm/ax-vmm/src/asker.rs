@@ -38,10 +38,13 @@ pub enum Heard {
     Refused(Refusal),
     /// Nobody answered yet; the question stands.
     Silent(String),
+    /// To [`Asker::probe`]: the record as the arbiter has it now, or why it can't be had.
+    Reachable(Result<Record, String>),
 }
 
 enum Task {
     Learn,
+    Probe,
     Ask(Generation, Change),
 }
 
@@ -126,6 +129,11 @@ impl Asker {
         let _ = self.tasks.send(Task::Learn);
     }
 
+    /// Looks once whether the arbiter answers; ends in [`Heard::Reachable`].
+    pub fn probe(&self) {
+        let _ = self.tasks.send(Task::Probe);
+    }
+
     /// Asks for a change; ends in [`Heard::Granted`] or [`Heard::Refused`].
     pub fn ask(&self, from: Generation, change: Change) {
         let _ = self.tasks.send(Task::Ask(from, change));
@@ -137,10 +145,20 @@ impl Worker {
         while let Ok(task) = todo.recv() {
             let heard = match task {
                 Task::Learn => self.learn(),
+                Task::Probe => self.probe(),
                 Task::Ask(from, change) => self.ask(from, change),
             };
             (self.tell)(heard);
         }
+    }
+
+    fn probe(&self) -> Heard {
+        let found = self.client.look(self.pair, Instant::now() + TRY);
+        Heard::Reachable(match found {
+            Ok(Some(record)) => Ok(record),
+            Ok(None) => Err("it does not know this VM".into()),
+            Err(error) => Err(error.to_string()),
+        })
     }
 
     fn silent(&self, error: &AskError) {

@@ -90,6 +90,17 @@ impl SharedMachine {
         })
     }
 
+    /// Gives the guest up that a final epoch left paused: [`Machine::vacate`]. The turn that the epoch
+    /// took ends with it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn vacate(&self) -> vmm::Result<()> {
+        let vacated = self.machine.lock().vacate();
+        self.end_turn();
+        vacated
+    }
+
     /// Whether the vCPUs are kept parked.
     pub fn is_parked(&self) -> bool {
         self.parked.load(Ordering::Acquire)

@@ -1,11 +1,13 @@
 //! Where released outputs go, and where frames come from: taps, console, power.
 
 use std::os::fd::AsFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use io_barrier::{OutputSink, Power};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use parking_lot::Mutex;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::{Mutex, RwLock};
 
 use crate::announce::{self, Seen};
 use crate::console::Console;
@@ -17,7 +19,7 @@ use crate::tap::{MAX_FRAME, Tap};
 struct Port {
     tap: String,
     mac: [u8; 6],
-    open: OnceLock<Tap>,
+    open: RwLock<Option<Arc<Tap>>>,
     seen: Mutex<Seen>,
 }
 
@@ -25,6 +27,14 @@ struct Port {
 #[derive(Debug)]
 pub struct Taps {
     ports: Vec<Port>,
+    receiving: Mutex<Option<Receiving>>,
+}
+
+/// The thread that reads the open taps.
+#[derive(Debug)]
+struct Receiving {
+    stop: Arc<EventFd>,
+    thread: JoinHandle<()>,
 }
 
 impl Taps {
@@ -33,11 +43,12 @@ impl Taps {
         let port = |(tap, mac)| Port {
             tap,
             mac,
-            open: OnceLock::new(),
+            open: RwLock::default(),
             seen: Mutex::default(),
         };
         Arc::new(Taps {
             ports: nics.into_iter().map(port).collect(),
+            receiving: Mutex::default(),
         })
     }
 
@@ -47,16 +58,32 @@ impl Taps {
     /// The first that can't be opened, by name.
     pub fn open(&self) -> Result<(), Error> {
         for (nic, port) in self.ports.iter().enumerate() {
-            if port.open.get().is_none() {
+            let mut open = port.open.write();
+            if open.is_none() {
                 let tap = Tap::open(&port.tap).map_err(|source| Error::Tap {
                     nic,
                     tap: port.tap.clone(),
                     source,
                 })?;
-                let _ = port.open.set(tap);
+                *open = Some(Arc::new(tap));
             }
         }
         Ok(())
+    }
+
+    /// Closes every tap: nothing leaves or comes in here any more. Waits for the receiving thread,
+    /// whose `deliver` must not be waiting for anything meanwhile.
+    pub fn close(&self) {
+        if let Some(Receiving { stop, thread }) = self.receiving.lock().take() {
+            // Fails only when it is stopped already.
+            let _ = stop.write(1);
+            if thread.join().is_err() {
+                tracing::error!("the thread that reads the taps had panicked");
+            }
+        }
+        for port in &self.ports {
+            *port.open.write() = None;
+        }
     }
 
     /// Learns the guest's addresses from one of its frames (also from those it sent elsewhere).
@@ -68,7 +95,9 @@ impl Taps {
 
     /// Sends one frame out.
     fn send(&self, nic: u8, frame: &[u8]) {
-        if let Some(tap) = self.ports.get(usize::from(nic)).and_then(|p| p.open.get()) {
+        if let Some(port) = self.ports.get(usize::from(nic))
+            && let Some(tap) = &*port.open.read()
+        {
             tap.send(frame);
         }
     }
@@ -81,37 +110,59 @@ impl Taps {
         }
     }
 
-    /// Reads frames of all open taps and hands them to `deliver`, until `deliver` says false or a
-    /// tap is gone. Blocks; run it in a thread of its own.
+    /// Reads frames of all open taps in a thread of its own and hands them to `deliver`, until the
+    /// taps are closed.
     ///
     /// # Errors
-    /// The taps could not be waited for or read.
-    pub fn receive(&self, mut deliver: impl FnMut(u8, &[u8]) -> bool) -> std::io::Result<()> {
-        let taps: Vec<(u8, &Tap)> = self
+    /// The thread could not be started.
+    pub fn receive(&self, deliver: impl FnMut(u8, &[u8]) + Send + 'static) -> std::io::Result<()> {
+        let mut receiving = self.receiving.lock();
+        let taps: Vec<(u8, Arc<Tap>)> = self
             .ports
             .iter()
             .enumerate()
-            .filter_map(|(nic, port)| Some((nic as u8, port.open.get()?)))
+            .filter_map(|(nic, port)| Some((nic as u8, Arc::clone(port.open.read().as_ref()?))))
             .collect();
-        if taps.is_empty() {
+        if taps.is_empty() || receiving.is_some() {
             return Ok(());
         }
-        let mut frame = vec![0; MAX_FRAME];
-        loop {
-            let mut fds: Vec<PollFd> = taps
-                .iter()
-                .map(|(_, tap)| PollFd::new(tap.as_fd(), PollFlags::POLLIN))
-                .collect();
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            for (nic, tap) in &taps {
-                while let Some(frame) = tap.receive(&mut frame)? {
-                    if !deliver(*nic, frame) {
-                        return Ok(());
-                    }
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let stop = Arc::new(EventFd::from_flags(flags)?);
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("net-rx".into())
+            .spawn(move || {
+                if let Err(error) = read_taps(&taps, &stopped, deliver) {
+                    tracing::error!(%error, "the taps can't be read any more");
                 }
+            })?;
+        *receiving = Some(Receiving { stop, thread });
+        Ok(())
+    }
+}
+
+fn read_taps(
+    taps: &[(u8, Arc<Tap>)],
+    stop: &EventFd,
+    mut deliver: impl FnMut(u8, &[u8]),
+) -> std::io::Result<()> {
+    let mut frame = vec![0; MAX_FRAME];
+    let mut fds: Vec<PollFd> = taps
+        .iter()
+        .map(|(_, tap)| PollFd::new(tap.as_fd(), PollFlags::POLLIN))
+        .chain([PollFd::new(stop.as_fd(), PollFlags::POLLIN)])
+        .collect();
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if fds.last().and_then(PollFd::any) == Some(true) {
+            return Ok(());
+        }
+        for (nic, tap) in taps {
+            while let Some(frame) = tap.receive(&mut frame)? {
+                deliver(*nic, frame);
             }
         }
     }

@@ -285,27 +285,14 @@ impl Parts {
     /// # Errors
     /// The thread could not be started.
     pub fn receive(&self) -> Result<(), Error> {
-        let (taps, handle, bell) = (
-            Arc::clone(&self.taps),
-            self.handle.clone(),
-            self.bell.clone(),
-        );
+        let (handle, bell) = (self.handle.clone(), self.bell.clone());
         let deliver = move |nic: u8, frame: &[u8]| {
             // This thread alone gives the device frames, so the next one's number is known.
             let number = handle.rx_delivered(nic.into()) + 1;
             bell.with(|engine| engine.received(nic, number, frame));
             give(&handle, nic, frame);
-            true
         };
-        std::thread::Builder::new()
-            .name("net-rx".into())
-            .spawn(move || {
-                if let Err(error) = taps.receive(deliver) {
-                    tracing::error!(%error, "the taps can't be read any more");
-                }
-            })
-            .map_err(Error::Thread)?;
-        Ok(())
+        self.taps.receive(deliver).map_err(Error::Thread)
     }
 }
 

@@ -13,6 +13,7 @@ use ax_link::heartbeat::{Line, LinkEvent, ProgressSource, Sentinel, Timing as Li
 use ax_link::{Channel, Connector, Preamble, Stream};
 use ax_wire::heartbeat::Progress;
 use ax_wire::peer::PeerMessage;
+use ax_wire::record::Record;
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Boottime, MAX_NICS, RxCounts};
 use parking_lot::Mutex;
@@ -21,12 +22,16 @@ use statepoint::link::PrimaryLink;
 use statepoint::primary::{
     Ended, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle,
 };
+use statepoint::shadow::CommittedState;
 use vmm::MachineHandle;
 
 use crate::error::Error;
 use crate::guest::EpochGuest;
 use crate::parts::Parts;
-use crate::session::{self, SessionError};
+use crate::session::{self, SessionError, Talk};
+
+/// How long the shadow may take to hear of an orderly stop.
+const STOPPED_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the protection tells the conductor.
 #[derive(Debug)]
@@ -43,6 +48,10 @@ pub enum Protecting {
     Lost(String),
     /// The sentinel's word.
     Link(LinkEvent),
+    /// What the shadow answered to being told to make its disks durable.
+    Settled(Result<PeerMessage, SessionError>),
+    /// What it answered to being told to run.
+    HandedOver(Result<PeerMessage, SessionError>),
 }
 
 type Tell = Arc<dyn Fn(Protecting) + Send + Sync>;
@@ -159,6 +168,9 @@ enum Order {
     Unpark,
     /// Ends the thread. A guest that the final epoch left parked goes as told.
     End(Parked),
+    /// Ends the thread of a guest that runs on the other side now: it stays parked, and the state it
+    /// was left in comes back.
+    HandOver(mpsc::Sender<Option<CommittedState>>),
 }
 
 /// What becomes of a guest that the final epoch left parked when its protection ends.
@@ -178,9 +190,21 @@ pub struct Protection {
     pub engine: PrimaryHandle,
     beats: Arc<Beats>,
     sentinel: Option<Sentinel>,
-    peer: Option<Stream>,
+    talk: Talk,
+    tell: Tell,
     orders: mpsc::Sender<Order>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What is left of a protection whose guest runs on the other side now.
+#[derive(Debug)]
+pub struct HandedOver {
+    /// Where the guest was left.
+    pub committed: CommittedState,
+    /// Still watches the other side's process.
+    pub sentinel: Sentinel,
+    /// Still speaks to it.
+    pub talk: Talk,
 }
 
 impl std::fmt::Debug for Protection {
@@ -267,7 +291,9 @@ impl Protection {
         )
         .map_err(link)?;
         let (orders, todo) = mpsc::channel();
-        let (peer, forward, backward) = (dialled.peer, dialled.forward, dialled.backward);
+        let (forward, backward) = (dialled.forward, dialled.backward);
+        let talk = Talk::start(dialled.peer).map_err(Error::Thread)?;
+        let said = Arc::clone(&tell);
         let patience = timing.detect;
         let run = move || {
             let mut next = primary_link(forward, backward).map_err(|e| e.to_string());
@@ -293,6 +319,10 @@ impl Protection {
                                     .map_err(|e| e.to_string());
                             }
                             Ok(Order::End(Parked::GoesOn)) => break,
+                            Ok(Order::HandOver(reply)) => {
+                                let _ = reply.send(engine.last_committed());
+                                return;
+                            }
                             Ok(Order::End(Parked::Stays)) | Err(_) => return,
                         }
                     }
@@ -331,7 +361,8 @@ impl Protection {
             engine: handle,
             beats,
             sentinel: Some(sentinel),
-            peer: Some(peer),
+            talk,
+            tell: said,
             orders,
             thread: Some(thread),
         })
@@ -343,19 +374,50 @@ impl Protection {
         self.engine.granted(generation);
     }
 
-    /// Says one thing to the shadow and waits for its answer.
-    ///
-    /// # Errors
-    /// The conversation has ended.
-    pub fn say(&mut self, message: PeerMessage) -> Result<PeerMessage, SessionError> {
-        let Some(peer) = &mut self.peer else {
-            return Err(SessionError::Talk("it has ended".into()));
-        };
-        let answer = session::send(peer, message).and_then(|()| session::receive(peer));
-        if answer.is_err() {
-            self.peer = None;
+    /// The shadow is to apply every committed epoch and make its disks durable; ends in
+    /// [`Protecting::Settled`].
+    pub fn settle(&self) {
+        let tell = Arc::clone(&self.tell);
+        let answer = move |heard| tell(Protecting::Settled(heard));
+        self.talk.say(PeerMessage::Settle, Box::new(answer));
+    }
+
+    /// The shadow is to run the guest by this record; ends in [`Protecting::HandedOver`].
+    pub fn tell_to_run(&self, record: Record) {
+        let tell = Arc::clone(&self.tell);
+        let answer = move |heard| tell(Protecting::HandedOver(heard));
+        self.talk
+            .say(PeerMessage::HandOver(record), Box::new(answer));
+    }
+
+    /// The pair has stopped by this record: says so, and waits a moment for the answer.
+    pub fn tell_stopped(&self, record: Record) {
+        let heard = self
+            .talk
+            .ask(PeerMessage::Stopped(record), STOPPED_PATIENCE);
+        if !matches!(heard, Ok(PeerMessage::Done)) {
+            tracing::warn!(?heard, "the shadow was not told of the stop");
         }
-        answer
+    }
+
+    /// The guest runs on the other side now: ends the epoch thread, with the guest parked as the final
+    /// epoch left it and dirty pages still tracked. None if that is not how it is.
+    pub fn hand_over(mut self, parts: &Parts) -> Option<HandedOver> {
+        parts.bell.set(None);
+        let (reply, committed) = mpsc::channel();
+        let _ = self.orders.send(Order::HandOver(reply));
+        // Without a final epoch the thread does not look at its orders: it ends by this.
+        self.engine.stop();
+        let committed = committed.recv().ok().flatten();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        parts.log.record(false);
+        Some(HandedOver {
+            committed: committed?,
+            sentinel: self.sentinel.take()?,
+            talk: self.talk,
+        })
     }
 
     /// Lets a guest parked by the final epoch go on.

@@ -5,9 +5,12 @@
 //! session in their preamble; the shadow takes them as one.
 
 use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::time::Duration;
 
-use ax_link::{Channel, Connector, Incoming, LinkError, Preamble, Stream, handshake};
+use ax_link::{Channel, Closer, Connector, Incoming, LinkError, Preamble, Stream, handshake};
 use ax_wire::Session;
 use ax_wire::frame::{FrameHeader, FrameKind, HEADER};
 use ax_wire::hello::Hello;
@@ -99,9 +102,122 @@ pub fn dial(
     }
 }
 
+/// What came of a message: the answer, or why there was none.
+pub type Answer = Box<dyn FnOnce(Result<PeerMessage, SessionError>) + Send>;
+
+/// The primary's end of the conversation, in a thread of its own: what is said may take the other
+/// side as long as its disks take.
+#[derive(Debug)]
+pub struct Talk {
+    say: mpsc::Sender<(PeerMessage, Answering)>,
+    close: Option<Closer>,
+}
+
+struct Answering(Answer);
+
+impl std::fmt::Debug for Answering {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Answering")
+    }
+}
+
+impl Talk {
+    /// Takes over the connection.
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn start(mut peer: Stream) -> std::io::Result<Talk> {
+        let close = peer.closer()?;
+        let (say, said) = mpsc::channel::<(PeerMessage, Answering)>();
+        std::thread::Builder::new()
+            .name("peer-talk".into())
+            .spawn(move || {
+                let mut broken = false;
+                for (message, Answering(answer)) in said {
+                    let heard = match broken {
+                        true => Err(talk("it has ended")),
+                        false => send(&mut peer, message).and_then(|()| receive(&mut peer)),
+                    };
+                    broken = heard.is_err();
+                    answer(heard);
+                }
+            })?;
+        Ok(Talk {
+            say,
+            close: Some(close),
+        })
+    }
+
+    /// Says one thing; `answer` is called with what comes back, or why nothing does.
+    pub fn say(&self, message: PeerMessage, answer: Answer) {
+        if let Err(mpsc::SendError((_, Answering(answer)))) =
+            self.say.send((message, Answering(answer)))
+        {
+            answer(Err(talk("it has ended")));
+        }
+    }
+
+    /// Says one thing and waits for the answer, at most for `patience`.
+    ///
+    /// # Errors
+    /// The connection failed, or no answer came in time.
+    pub fn ask(
+        &self,
+        message: PeerMessage,
+        patience: Duration,
+    ) -> Result<PeerMessage, SessionError> {
+        let (tell, heard) = mpsc::channel();
+        let answer = move |said| {
+            let _ = tell.send(said);
+        };
+        self.say(message, Box::new(answer));
+        heard
+            .recv_timeout(patience)
+            .unwrap_or_else(|_| Err(talk("no answer in time")))
+    }
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        if let Some(close) = &self.close {
+            close.close();
+        }
+    }
+}
+
+/// Whether this process may become the shadow of a session that begins now.
+#[derive(Clone, Debug)]
+pub struct Door(Arc<AtomicBool>);
+
+impl Door {
+    /// Open for a process that waits for a primary.
+    pub fn new(open: bool) -> Door {
+        Door(Arc::new(AtomicBool::new(open)))
+    }
+
+    /// From here on one session may begin.
+    pub fn open(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    fn is_open(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn shut(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 /// The shadow's ends of a session, gathered as they come in.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Gathering {
+    door: Door,
+    parts: Parts,
+}
+
+#[derive(Debug, Default)]
+struct Parts {
     session: Option<Session>,
     peer: Option<Stream>,
     forward: Option<Stream>,
@@ -134,6 +250,14 @@ pub enum Took {
 }
 
 impl Gathering {
+    /// Gathers while `door` is open; shuts it when a session is formed.
+    pub fn new(door: Door) -> Gathering {
+        Gathering {
+            door,
+            parts: Parts::default(),
+        }
+    }
+
     /// Takes one incoming connection. A *peer* connection begins a new session and drops what an
     /// earlier one had gathered; the others must belong to it.
     pub fn take(&mut self, incoming: Incoming, mine: impl FnOnce(Session) -> Hello) -> Took {
@@ -142,23 +266,24 @@ impl Gathering {
             incoming.refuse("this port serves the processes of a pair");
             return Took::Nothing;
         };
+        let parts = &mut self.parts;
         let taken = match preamble.channel() {
-            Channel::Peer if self.formed => {
-                incoming.refuse("this shadow belongs to another session already");
+            Channel::Peer if !self.door.is_open() => {
+                incoming.refuse("this process waits for no primary now");
                 return Took::Nothing;
             }
-            Channel::Peer => self.begin(incoming, session, mine),
-            _ if self.session != Some(session) => {
+            Channel::Peer => parts.begin(incoming, session, mine),
+            _ if parts.session != Some(session) => {
                 incoming.refuse("no such session: the handshake comes first");
                 return Took::Nothing;
             }
             Channel::Forward => incoming
                 .accept()
-                .map(|s| self.forward = Some(s))
+                .map(|s| parts.forward = Some(s))
                 .map_err(Into::into),
             Channel::Backward => incoming
                 .accept()
-                .map(|s| self.backward = Some(s))
+                .map(|s| parts.backward = Some(s))
                 .map_err(Into::into),
             Channel::Heartbeat => return Took::Heartbeat(incoming),
             _ => {
@@ -168,20 +293,26 @@ impl Gathering {
         };
         if let Err(error) = taken {
             tracing::warn!(%error, "a connection of a session was not formed");
-            if !self.formed {
-                *self = Gathering::default();
+            if !parts.formed {
+                *parts = Parts::default();
             }
         }
-        self.whole()
+        let took = parts.whole();
+        if matches!(took, Took::Whole(_)) {
+            self.door.shut();
+        }
+        took
     }
+}
 
+impl Parts {
     fn begin(
         &mut self,
         incoming: Incoming,
         session: Session,
         mine: impl FnOnce(Session) -> Hello,
     ) -> Result<(), SessionError> {
-        *self = Gathering::default();
+        *self = Parts::default();
         let mut peer = incoming.accept()?;
         handshake::exchange(&mut peer, &mine(session), PATIENCE)?;
         self.session = Some(session);
@@ -215,7 +346,7 @@ impl Gathering {
             }
             Err(error) => {
                 tracing::warn!(%error, "a session was not formed");
-                *self = Gathering::default();
+                *self = Parts::default();
                 Took::Nothing
             }
         }

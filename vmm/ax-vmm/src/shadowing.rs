@@ -15,7 +15,7 @@ use io_barrier::Boottime;
 use statepoint::guest::GuestError;
 use statepoint::link::ShadowLink;
 use statepoint::shadow::{
-    CommittedState, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle, ShadowSink,
+    CommittedState, Inheritance, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle, ShadowSink,
 };
 
 use crate::error::Error;
@@ -138,6 +138,7 @@ pub struct Shadowing {
     sentinel: Option<Sentinel>,
     links: Option<mpsc::Sender<ShadowLink>>,
     thread: Option<JoinHandle<()>>,
+    tell: Tell,
 }
 
 impl std::fmt::Debug for Shadowing {
@@ -155,8 +156,8 @@ pub struct Setting {
     pub timing: LinkTiming,
     /// Folder for the part of an epoch that does not fit in memory.
     pub spill_dir: PathBuf,
-    /// What this process's own memory holds already (rule 25).
-    pub from: Option<CommittedState>,
+    /// What this process has already when it was the primary until now (rule 25).
+    pub from: Option<Inheritance>,
 }
 
 fn shadow_link(forward: Stream, backward: Stream) -> std::io::Result<ShadowLink> {
@@ -181,17 +182,17 @@ fn converse(mut peer: Stream, tell: &Tell) {
 }
 
 impl Shadowing {
-    /// Begins to follow the primary whose session was gathered.
+    /// Begins to follow the primary with this session; its connections come by
+    /// [`Shadowing::join`].
     ///
     /// # Errors
     /// A thread, the sentinel or the replica could not be started.
     pub fn begin(
         parts: &Parts,
-        gathered: Gathered,
+        primary: Session,
         setting: Setting,
         tell: Tell,
     ) -> Result<Shadowing, Error> {
-        let primary = gathered.session;
         let disk = |e: ax_disk::replica::ApplyError| Error::Link(e.to_string());
         let replica = Replica::new(parts.images.clone(), DISK_BACKLOG).map_err(disk)?;
         let replica = Arc::new(replica);
@@ -235,23 +236,22 @@ impl Shadowing {
             .name("epochs".into())
             .spawn(run)
             .map_err(Error::Thread)?;
-        let mut following = Shadowing {
+        Ok(Shadowing {
             primary,
             engine: handle,
             replica,
             sentinel: Some(sentinel),
             links: Some(links),
             thread: Some(thread),
-        };
-        following.join(gathered, &tell)?;
-        Ok(following)
+            tell,
+        })
     }
 
     /// Takes the connections of this session, the first or those made anew after a broken one.
     ///
     /// # Errors
     /// A thread could not be started.
-    pub fn join(&mut self, gathered: Gathered, tell: &Tell) -> Result<(), Error> {
+    pub fn join(&mut self, gathered: Gathered) -> Result<(), Error> {
         let Gathered {
             peer,
             forward,
@@ -259,7 +259,7 @@ impl Shadowing {
             ..
         } = gathered;
         if let Some(peer) = peer {
-            let tell = Arc::clone(tell);
+            let tell = Arc::clone(&self.tell);
             std::thread::Builder::new()
                 .name("peer-talk".into())
                 .spawn(move || converse(peer, &tell))
@@ -278,15 +278,16 @@ impl Shadowing {
         Ok(())
     }
 
-    /// Gives the sentinel the heartbeat connection.
-    pub fn heartbeat(&self, incoming: Incoming) {
+    /// Gives the sentinel the heartbeat connection; true when it has it.
+    pub fn heartbeat(&self, incoming: Incoming) -> bool {
         let taken = incoming.accept().and_then(|stream| match &self.sentinel {
-            Some(sentinel) => sentinel.attach(stream),
-            None => Ok(()),
+            Some(sentinel) => sentinel.attach(stream).map(|()| true),
+            None => Ok(false),
         });
-        if let Err(error) = taken {
+        taken.unwrap_or_else(|error| {
             tracing::warn!(%error, "a heartbeat connection was not taken");
-        }
+            false
+        })
     }
 
     /// Ends the stream, waits until every acknowledged epoch is applied, and returns what may be
@@ -301,7 +302,7 @@ impl Shadowing {
     }
 
     /// Ends the sentinel: with a goodbye, or as a cut.
-    pub fn leave(&mut self, goodbye: bool) {
+    pub fn leave(mut self, goodbye: bool) {
         if let Some(sentinel) = self.sentinel.take()
             && goodbye
         {

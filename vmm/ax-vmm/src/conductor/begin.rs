@@ -1,0 +1,167 @@
+//! From the start of the process to the first question.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ax_api::process::Start;
+use ax_api::vm::{Mode, Secondary};
+use ax_arbiter::Client;
+use ax_link::Acceptor;
+use ax_wire::Session;
+use ax_wire::hello::Role as HelloRole;
+use ax_wire::record::{Copies, Flush};
+use io_barrier::SoloGrant;
+use statepoint::pair::Pair;
+
+use super::{Conductor, Input, Life};
+use crate::asker::{self, Asker};
+use crate::control::{self, Boards};
+use crate::error::Error;
+use crate::hello::hello;
+use crate::session::{Gathering, Took};
+
+impl Conductor {
+    pub(super) fn begin(&mut self) -> Result<(), Error> {
+        self.serve_control()?;
+        if self.spec.start == Start::Boot {
+            // Whatever can be missing is found before anyone is asked.
+            self.parts
+                .images
+                .iter()
+                .try_for_each(|image| image.require_consistent())?;
+            self.parts.taps.open()?;
+            self.parts.machine.lock().boot()?;
+        }
+        if self.spec.peer.is_some() {
+            self.listen()?;
+        }
+        let witness = self.parts.witness(&self.spec)?;
+        let paired = self.spec.peer.is_some() && self.spec.vm.mode != Mode::None;
+        match (witness, self.spec.start) {
+            (Some(witness), start) if paired => {
+                self.start_asker(witness, start)?;
+                if start == Start::Shadow {
+                    self.life = Life::Paired(Pair::shadow(self.me, self.flush()));
+                    self.show();
+                }
+                Ok(())
+            }
+            (None, _) if paired => Err(Error::Arbiter(
+                "this VM is to be protected but no witness is configured: two hosts alone can't \
+                 tell a dead peer from a cut cable; set `witness` in axd.toml, or use mode none"
+                    .into(),
+            )),
+            (_, Start::Shadow) => Err(Error::Arbiter("a VM of mode none has no shadow".into())),
+            (_, Start::Boot) => {
+                self.start_guest(None)?;
+                self.parts.barrier.pass(SoloGrant::never_paired());
+                self.show();
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn flush(&self) -> Flush {
+        let sync = |d: &ax_api::vm::Disk| d.secondary == Secondary::Sync;
+        if !self.spec.vm.disks.is_empty() && self.spec.vm.disks.iter().all(sync) {
+            Flush::Both
+        } else {
+            Flush::Local
+        }
+    }
+
+    fn start_asker(&mut self, witness: ax_link::Connector, start: Start) -> Result<(), Error> {
+        let client = Client::new(witness, asker::known_witness(&self.spec.state_dir))
+            .map_err(Error::Thread)?;
+        // A pair that was never started has its images where it is started first.
+        let home = match start {
+            Start::Boot => self.me.side,
+            Start::Shadow => self.me.side.other(),
+        };
+        let heard = self.sender.clone();
+        let asker = Asker::start(
+            client,
+            self.spec.vm.pair,
+            self.me,
+            Copies::Only(home),
+            &self.spec.state_dir,
+            move |what| {
+                let _ = heard.send(Input::Heard(what));
+            },
+        )?;
+        asker.learn();
+        self.asker = Some(asker);
+        Ok(())
+    }
+
+    fn serve_control(&self) -> Result<(), Error> {
+        let (board, orders, typed) = (
+            Arc::clone(&self.board),
+            self.sender.clone(),
+            self.parts.handle.clone(),
+        );
+        let boards = Boards {
+            status: Box::new(move || board.status()),
+            events: Arc::clone(&self.events),
+            console: Arc::clone(&self.parts.console),
+            type_in: Box::new(move |bytes| {
+                let mut rest = bytes;
+                for _ in 0..200 {
+                    let taken = typed.console_in(rest);
+                    rest = rest.get(taken..).unwrap_or_default();
+                    if rest.is_empty() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }),
+            order: Box::new(move |order| {
+                let _ = orders.send(Input::Order(order));
+            }),
+        };
+        control::serve(&self.spec.control, Arc::new(boards))
+    }
+
+    /// Takes the connections of a primary, in a thread of its own.
+    fn listen(&self) -> Result<(), Error> {
+        let at: Vec<SocketAddr> = self
+            .spec
+            .link
+            .iter()
+            .map(|ip| SocketAddr::new(*ip, 0))
+            .collect();
+        let acceptor = Acceptor::bind(&at, self.parts.security.clone())
+            .map_err(|e| Error::Link(e.to_string()))?;
+        self.board.listens(acceptor.local_addrs().to_vec());
+        let (spec, me, tell) = (self.spec.clone(), self.me, self.sender.clone());
+        let caps = self.parts.machine.lock().caps().clone();
+        let door = self.door.clone();
+        let gather = move || {
+            let mut gathering = Gathering::new(door);
+            while let Some(incoming) = acceptor.accept() {
+                let mine = |theirs: Session| {
+                    let session = Session {
+                        pair: spec.vm.pair,
+                        generation: theirs.generation,
+                        incarnation: me.incarnation,
+                    };
+                    hello(&spec, &caps, session, HelloRole::Shadow)
+                };
+                let told = match gathering.take(incoming, mine) {
+                    Took::Nothing => Ok(()),
+                    Took::Heartbeat(incoming) => tell.send(Input::Heartbeat(Box::new(incoming))),
+                    Took::Whole(gathered) => tell.send(Input::Gathered(gathered)),
+                };
+                if told.is_err() {
+                    return;
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("gather".into())
+            .spawn(gather)
+            .map_err(Error::Thread)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,349 @@
+//! The conductor: one thread that feeds the pair's state machine and performs its actions.
+//!
+//! Everything that happens comes in through one queue as an [`Input`]; the state machine says what
+//! to do; nothing is decided here. Whatever could wait long has a thread of its own.
+
+mod begin;
+mod handover;
+mod orders;
+mod perform;
+mod primary;
+mod promotion;
+mod shadow;
+mod show;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use ax_api::process::{Reply, Role, Spec, Start};
+use ax_link::Incoming;
+use ax_wire::record::Member;
+use ax_wire::{EpochId, Incarnation, Side};
+use statepoint::pair::{Event, Pair, Phase};
+use statepoint::shadow::CommittedState;
+
+use crate::asker::{Asker, Heard};
+use crate::board::Board;
+use crate::control::Order;
+use crate::error::Error;
+use crate::events::Events;
+use crate::parts::Parts;
+use crate::protect::{Parked, Protecting, Protection};
+use crate::session::{Dialled, Door, Gathered};
+use crate::shadowing::{Following, Shadowing};
+
+use handover::{Parting, Turning};
+use primary::Dial;
+
+/// Added to the permission time (rule 24): drift of two clocks over it, and the tick.
+const DRIFT_MARGIN: Duration = Duration::from_millis(1);
+
+/// How the process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// In order, or on purpose.
+    InOrder,
+    /// The other side runs, or this side may not.
+    Fenced,
+}
+
+impl Ended {
+    /// The exit code.
+    pub fn code(self) -> u8 {
+        match self {
+            Ended::InOrder => 0,
+            Ended::Fenced => 9,
+        }
+    }
+}
+
+/// Everything that can happen.
+enum Input {
+    Order(Order),
+    Heard(Heard),
+    Power(io_barrier::Power),
+    Dialled(Box<Result<Dialled, String>>, Box<Dial>),
+    Protecting(Stint, Protecting),
+    Gathered(Box<Gathered>),
+    Heartbeat(Box<Incoming>),
+    Following(Stint, Following),
+}
+
+/// Counts the protections and followings of this process, so that a late word of one that is over is
+/// known for what it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Stint(u64);
+
+/// Whose life this process leads.
+enum Life {
+    /// A VM of mode `none` that no arbiter knows.
+    Local,
+    /// One side of a pair.
+    Paired(Pair),
+}
+
+struct Conductor {
+    spec: Spec,
+    me: Member,
+    life: Life,
+    parts: Parts,
+    events: Arc<Events>,
+    board: Arc<Board>,
+    asker: Option<Asker>,
+    queue: mpsc::Receiver<Input>,
+    sender: mpsc::Sender<Input>,
+    stint: Stint,
+    door: Door,
+    protection: Option<Protection>,
+    shadowing: Option<Shadowing>,
+    /// A planned failover whose new session is not formed yet.
+    turning: Option<Turning>,
+    /// What this process was before the turn, still watching the other side.
+    parting: Option<Parting>,
+    /// What a promotion starts from: finished, and restored into the machine.
+    prepared: Option<CommittedState>,
+    permission_over: Option<Instant>,
+    lost_at: Option<Instant>,
+    copied: (u64, u64),
+    waits_for: Option<String>,
+    /// Who waits for a stop or a planned failover.
+    waiting: Vec<mpsc::Sender<Reply>>,
+    /// Who waits for the arbiter to be found within reach, before a planned failover begins.
+    probing: Vec<mpsc::Sender<Reply>>,
+    why_stopping: Option<String>,
+    last_epoch: EpochId,
+    ended: Option<Ended>,
+}
+
+fn incarnation() -> Incarnation {
+    let mut bytes = [0; 8];
+    // Without randomness the clock and the pid make two runs differ.
+    let random = std::fs::File::open("/dev/urandom")
+        .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut bytes));
+    if random.is_err() {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let nanos = now.map_or(0, |n| n.as_nanos() as u64);
+        bytes = (nanos ^ (u64::from(std::process::id()) << 40)).to_le_bytes();
+    }
+    Incarnation(u64::from_le_bytes(bytes).max(1))
+}
+
+/// Runs one VM's side until it ends.
+///
+/// # Errors
+/// It could not begin, or could not go on.
+pub fn run(spec: Spec) -> Result<Ended, Error> {
+    let (sender, queue) = mpsc::channel();
+    let power = sender.clone();
+    let parts = Parts::build(&spec, move |what| {
+        let _ = power.send(Input::Power(what));
+    })?;
+    let peer = spec.peer.clone().unwrap_or_default();
+    let me = Member {
+        side: Side::of(&spec.host, &peer),
+        incarnation: incarnation(),
+    };
+    let (events, role) = match spec.start {
+        Start::Boot => (Events::new(), Role::Primary),
+        Start::Shadow => (Events::new(), Role::Shadow),
+    };
+    let board = Board::new(spec.clone(), me.incarnation, role, parts.bell.clone());
+    let mut conductor = Conductor {
+        me,
+        life: Life::Local,
+        parts,
+        events,
+        board,
+        asker: None,
+        queue,
+        sender,
+        stint: Stint::default(),
+        door: Door::new(spec.start == Start::Shadow),
+        protection: None,
+        shadowing: None,
+        turning: None,
+        parting: None,
+        prepared: None,
+        permission_over: None,
+        lost_at: None,
+        copied: (0, 0),
+        waits_for: None,
+        waiting: Vec::new(),
+        probing: Vec::new(),
+        why_stopping: None,
+        last_epoch: EpochId(0),
+        ended: None,
+        spec,
+    };
+    conductor.begin()?;
+    conductor.conduct()
+}
+
+impl Conductor {
+    fn conduct(&mut self) -> Result<Ended, Error> {
+        let mut ticked = Instant::now();
+        let mut later = VecDeque::new();
+        loop {
+            if let Some(ended) = self.ended {
+                self.take_leave();
+                return Ok(ended);
+            }
+            if ticked.elapsed() >= Duration::from_secs(1) {
+                ticked = Instant::now();
+                self.board.tick();
+            }
+            if self.permission_over.is_some_and(|at| Instant::now() >= at) {
+                self.permission_over = None;
+                self.step(Event::PermissionOver)?;
+                continue;
+            }
+            if self.turning.as_ref().is_some_and(Turning::is_overdue) {
+                self.peer_lost("no session formed after the planned failover".into())?;
+                continue;
+            }
+            let patience = self
+                .permission_over
+                .map_or(Duration::from_millis(500), |at| {
+                    at.saturating_duration_since(Instant::now())
+                });
+            let input = match later.pop_front() {
+                Some(input) => Ok(input),
+                None => self.queue.recv_timeout(patience),
+            };
+            match input {
+                Ok(input) => self.take(input, &mut later)?,
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(Ended::Fenced),
+            }
+        }
+    }
+
+    /// The last words: whoever waits is answered, the peer is told, the disks are flushed.
+    fn take_leave(&mut self) {
+        let clean = self.ended == Some(Ended::InOrder);
+        let reply = match clean {
+            true => Reply::Done,
+            false => Reply::Refused {
+                why: "the other side runs the VM; this process ends".into(),
+            },
+        };
+        self.answer(&reply);
+        if let Some(protection) = self.protection.take() {
+            protection.end(&self.parts, clean, Parked::Stays);
+        }
+        if let Some(shadowing) = self.shadowing.take() {
+            shadowing.leave(clean);
+        }
+        for image in &self.parts.images {
+            if let Err(error) = image.flush() {
+                tracing::error!(%error, path = %image.path().display(), "flush");
+            }
+        }
+        self.parts.console.close();
+        // Control connections send what is queued for them.
+        std::thread::sleep(Duration::from_millis(50));
+        let _ = std::fs::remove_file(&self.spec.control);
+    }
+
+    fn take(&mut self, input: Input, later: &mut VecDeque<Input>) -> Result<(), Error> {
+        match input {
+            Input::Order(order) => self.obey(order),
+            Input::Heard(heard) => self.hear(heard),
+            Input::Power(what) => self.power(what),
+            Input::Dialled(dialled, dial) => self.dialled(*dialled, *dial),
+            Input::Protecting(stint, what) => self.protecting(stint, what),
+            Input::Gathered(gathered) => self.gathered(*gathered),
+            Input::Heartbeat(incoming) => {
+                let expected = matches!(self.phase(), Some(Phase::Copying));
+                match &self.shadowing {
+                    Some(shadowing) => {
+                        if shadowing.heartbeat(*incoming) {
+                            self.turned();
+                        }
+                    }
+                    // It overtook the connection that completes its session.
+                    None if expected && later.len() < 8 => {
+                        later.push_back(Input::Heartbeat(incoming));
+                    }
+                    None => incoming.refuse("no session"),
+                }
+                Ok(())
+            }
+            Input::Following(stint, what) => self.following(stint, what),
+        }
+    }
+
+    /// Steps the pair's state machine and performs what it says.
+    fn step(&mut self, event: Event) -> Result<(), Error> {
+        let Life::Paired(pair) = &self.life else {
+            return Ok(());
+        };
+        tracing::debug!(?event, phase = ?pair.phase, "pair");
+        let (pair, actions) = pair.clone().step(event);
+        self.life = Life::Paired(pair);
+        for action in actions {
+            tracing::debug!(?action, "pair");
+            self.perform(action)?;
+        }
+        self.show();
+        Ok(())
+    }
+
+    fn phase(&self) -> Option<&Phase> {
+        match &self.life {
+            Life::Local => None,
+            Life::Paired(pair) => Some(&pair.phase),
+        }
+    }
+
+    fn hear(&mut self, heard: Heard) -> Result<(), Error> {
+        match heard {
+            Heard::Known(record) => {
+                let fresh = matches!(self.life, Life::Local);
+                if fresh && self.spec.start == Start::Boot {
+                    let (pair, actions) = Pair::starting(self.me, self.flush(), record.generation);
+                    self.life = Life::Paired(pair);
+                    for action in actions {
+                        self.perform(action)?;
+                    }
+                    self.show();
+                }
+                Ok(())
+            }
+            Heard::Granted(record) => {
+                self.waits_for = None;
+                self.step(Event::Granted(record))
+            }
+            Heard::Refused(refusal) => {
+                self.waits_for = Some(refusal.to_string());
+                if matches!(self.life, Life::Local) {
+                    return Err(Error::Arbiter(refusal.to_string()));
+                }
+                self.step(Event::Refused(refusal))
+            }
+            Heard::Reachable(found) => self.arbiter_found(found),
+            Heard::Silent(why) => {
+                if self.waits_for.as_ref() != Some(&why) {
+                    self.events.note(format!("waiting for the arbiter: {why}"));
+                }
+                self.waits_for = Some(why);
+                self.show();
+                Ok(())
+            }
+        }
+    }
+
+    /// Begins a new stint.
+    fn next_stint(&mut self) -> Stint {
+        self.stint.0 += 1;
+        self.stint
+    }
+
+    fn answer(&mut self, reply: &Reply) {
+        for waiting in self.waiting.drain(..) {
+            let _ = waiting.send(reply.clone());
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What operators, axd and the guest itself ask for.
+
+use std::time::Instant;
+
+use ax_api::process::{Reply, Request, Role, What};
+use statepoint::pair::Event;
+
+use super::{Conductor, Ended, Life};
+use crate::control::Order;
+use crate::error::Error;
+
+impl Conductor {
+    pub(super) fn obey(&mut self, order: Order) -> Result<(), Error> {
+        let Order { request, reply } = order;
+        let done = |result: Result<(), String>| match result {
+            Ok(()) => Reply::Done,
+            Err(why) => Reply::Refused { why },
+        };
+        let primary = self.board.status().role == Role::Primary;
+        let answer = match request {
+            Request::Protect {
+                addresses,
+                incarnation,
+            } => match self.protect(addresses, incarnation, reply.clone()) {
+                Ok(()) => return Ok(()),
+                Err(why) => Reply::Refused { why },
+            },
+            Request::Pause | Request::Resume if !primary => Reply::Refused {
+                why: "a shadow has no running guest".into(),
+            },
+            Request::Pause => done(self.parts.machine.park(true).map_err(|e| e.to_string())),
+            Request::Resume => done(self.parts.machine.park(false).map_err(|e| e.to_string())),
+            Request::Reboot if primary => {
+                self.reboot()?;
+                Reply::Done
+            }
+            Request::Stop if primary => {
+                self.waiting.push(reply);
+                let before = self.phase().cloned();
+                self.stop()?;
+                if self.ended.is_none() && before.is_some() && self.phase() == before.as_ref() {
+                    let why = "the VM is between two states; try again, or use --force".into();
+                    self.answer(&Reply::Refused { why });
+                }
+                return Ok(());
+            }
+            Request::Failover => match self.fail_over(reply.clone()) {
+                Ok(()) => return Ok(()),
+                Err(why) => Reply::Refused { why },
+            },
+            Request::Quit => {
+                self.ended = Some(Ended::InOrder);
+                self.events.tell(What::Ended {
+                    why: "ended by force".into(),
+                    clean: false,
+                });
+                Reply::Done
+            }
+            Request::PeerIsDead => Reply::Refused {
+                why: "a witness decides for this VM; an operator's word is not needed".into(),
+            },
+            Request::PeerGone { incarnation } => {
+                let primary = self.shadowing.as_ref().map(|s| s.primary.incarnation);
+                if primary == Some(incarnation) && self.permission_over.is_some() {
+                    self.permission_over = Some(Instant::now());
+                }
+                Reply::Done
+            }
+            _ => Reply::Refused {
+                why: "this process is the shadow; ask the primary".into(),
+            },
+        };
+        let _ = reply.send(answer);
+        self.show();
+        Ok(())
+    }
+
+    pub(super) fn power(&mut self, what: io_barrier::Power) -> Result<(), Error> {
+        let why = match what {
+            io_barrier::Power::Reset => {
+                self.events.note("the guest resets");
+                return self.reboot();
+            }
+            io_barrier::Power::Off => "the guest switched itself off",
+            io_barrier::Power::Crash => "the guest crashed",
+        };
+        self.why_stopping = Some(why.into());
+        self.stop()
+    }
+
+    fn reboot(&mut self) -> Result<(), Error> {
+        let parked = self.parts.machine.is_parked();
+        self.parts.machine.between_epochs(|machine| {
+            machine.reset()?;
+            if parked { Ok(()) } else { machine.resume() }
+        })?;
+        self.parts.bell.with(|engine| engine.trigger());
+        Ok(())
+    }
+
+    /// Ends the VM in order (rule 26).
+    pub(super) fn stop(&mut self) -> Result<(), Error> {
+        if matches!(self.life, Life::Local) {
+            self.parts.machine.park(true)?;
+            let why = self
+                .why_stopping
+                .take()
+                .unwrap_or_else(|| "stopped in order".into());
+            self.events.tell(What::Ended { why, clean: true });
+            self.ended = Some(Ended::InOrder);
+            return Ok(());
+        }
+        self.step(Event::Stop)
+    }
+}

@@ -1,0 +1,129 @@
+//! From shadow to running guest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ax_api::process::What;
+use ax_wire::record::{Record, State};
+use io_barrier::{Grant, SoloGrant};
+use statepoint::pair::Event;
+
+use super::Conductor;
+use crate::error::Error;
+use crate::shadowing::Shadowing;
+
+impl Conductor {
+    /// Everything of a promotion that needs no grant: finish applying, make the disks durable, restore
+    /// the machine. With `protected` the guest will have a shadow from its first instruction on: what
+    /// it writes is tracked and recorded from here.
+    pub(super) fn prepare(&mut self, protected: bool) -> Result<(), String> {
+        let shadowing = self.shadowing.as_mut().ok_or("there was no session")?;
+        let committed = shadowing
+            .finish()
+            .ok_or("no committed epoch is wholly applied")?;
+        shadowing.replica.settle().map_err(|e| e.to_string())?;
+        let now = ax_link::heartbeat::boottime_ns();
+        let elapsed = Duration::from_nanos(now.saturating_sub(committed.arrived_ns));
+        let mut machine = self.parts.machine.lock();
+        // Before the restore, which may write guest memory.
+        let tracked = match protected {
+            true => machine.track_dirty(true),
+            false => Ok(()),
+        };
+        tracked
+            .and_then(|()| machine.restore(&committed.state, elapsed))
+            .and_then(|()| machine.promote_fixups())
+            .map_err(|e| e.to_string())?;
+        drop(machine);
+        self.parts.log.record(protected);
+        self.last_epoch = committed.epoch;
+        self.prepared = Some(committed);
+        Ok(())
+    }
+
+    pub(super) fn promote(&mut self, record: Record) -> Result<(), Error> {
+        let prepared = match self.prepared {
+            Some(_) => Ok(()),
+            None => self.prepare(matches!(record.state, State::Ft { .. })),
+        };
+        let promoted = prepared.and_then(|()| self.try_promote(record));
+        match promoted {
+            Ok(()) => self.step(Event::Running),
+            Err(why) => {
+                self.events.note(format!("promotion failed: {why}"));
+                self.step(Event::PromotionFailed)
+            }
+        }
+    }
+
+    fn try_promote(&mut self, record: Record) -> Result<(), String> {
+        self.prepared
+            .take()
+            .ok_or("no committed epoch could be restored")?;
+        let shadowing = self.shadowing.as_ref().ok_or("no session")?;
+        shadowing
+            .replica
+            .promote(record.generation)
+            .map_err(|e| e.to_string())?;
+        self.parts.taps.open().map_err(|e| e.to_string())?;
+        self.parts.machine.lock().start().map_err(|e| e.to_string())
+    }
+
+    /// Outputs pass, after a promotion or without one.
+    pub(super) fn release_alone(&mut self, record: Record) {
+        let Some(grant) = SoloGrant::of(&record, self.me) else {
+            return tracing::error!(%record, "this record does not let this process run alone");
+        };
+        match self.shadowing.take() {
+            None => self.parts.barrier.pass(grant),
+            Some(shadowing) => {
+                self.release_promoted(grant.into(), &shadowing);
+                shadowing.leave(false);
+            }
+        }
+    }
+
+    /// The first outputs after a promotion: announcements, then what committed epochs had not released
+    /// (rule 6), then the frames the guest has not seen (rule 7).
+    pub(super) fn release_promoted(&mut self, grant: Grant, shadowing: &Shadowing) {
+        let committed = self.last_epoch;
+        self.parts.taps.announce();
+        shadowing
+            .engine
+            .with_outputs(|outputs| self.parts.barrier.promote(grant, outputs, committed));
+        let handle = &self.parts.handle;
+        shadowing.engine.drain_received(|nic, frame| {
+            crate::parts::give(handle, nic, frame);
+        });
+        self.board.follows(None);
+        let took = self
+            .lost_at
+            .take()
+            .map_or(0, |at| at.elapsed().as_micros() as u64);
+        self.events.tell(What::Promoted {
+            epoch: committed.0,
+            took_us: took,
+        });
+        self.keep_announcing();
+        if let Err(error) = self.parts.receive() {
+            tracing::error!(%error, "frames can't be received");
+        }
+    }
+
+    /// Announcements may be lost: they are repeated for a few seconds.
+    fn keep_announcing(&self) {
+        let taps = Arc::clone(&self.parts.taps);
+        let again = move || {
+            for pause in [1, 2, 4, 8, 15, 30, 60, 120, 250, 500, 1000, 2000] {
+                std::thread::sleep(Duration::from_millis(pause));
+                taps.announce();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new()
+            .name("announce".into())
+            .spawn(again)
+        {
+            tracing::warn!(%error, "announcements are not repeated");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The shadow's side: following a primary.
+
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use ax_api::process::What;
+use ax_wire::Session;
+use ax_wire::peer::PeerMessage;
+use statepoint::pair::{Event, Phase};
+use statepoint::shadow::Inheritance;
+
+use super::{Conductor, Ended, Input, Life, Stint};
+use crate::error::Error;
+use crate::session::Gathered;
+use crate::shadowing::{self, Following, Shadowing};
+
+impl Conductor {
+    pub(super) fn gathered(&mut self, gathered: Gathered) -> Result<(), Error> {
+        if let Some(shadowing) = &mut self.shadowing {
+            let primary = shadowing.primary;
+            if (primary.pair, primary.incarnation)
+                != (gathered.session.pair, gathered.session.incarnation)
+            {
+                tracing::warn!("a session came of another primary");
+                return Ok(());
+            }
+            return shadowing.join(gathered);
+        }
+        if self.phase() != Some(&Phase::Copying) || gathered.session.pair != self.spec.vm.pair {
+            tracing::warn!("a session came that nobody waits for");
+            return Ok(());
+        }
+        self.copied = (0, self.spec.vm.memory);
+        let mut shadowing = self.follow(gathered.session, None)?;
+        shadowing.join(gathered)?;
+        self.shadowing = Some(shadowing);
+        self.show();
+        Ok(())
+    }
+
+    /// Gets ready to follow the primary with this session.
+    pub(super) fn follow(
+        &mut self,
+        primary: Session,
+        from: Option<Inheritance>,
+    ) -> Result<Shadowing, Error> {
+        let (tell, stint) = (self.sender.clone(), self.next_stint());
+        let tell = Arc::new(move |what| {
+            let _ = tell.send(Input::Following(stint, what));
+        });
+        let setting = shadowing::Setting {
+            me: self.me.incarnation,
+            timing: self.link_timing(),
+            spill_dir: self.spec.state_dir.clone(),
+            from,
+        };
+        let shadowing = Shadowing::begin(&self.parts, primary, setting, tell)?;
+        self.board.follows(Some(shadowing.engine.clone()));
+        Ok(shadowing)
+    }
+
+    pub(super) fn following(&mut self, stint: Stint, what: Following) -> Result<(), Error> {
+        if stint != self.stint {
+            return Ok(()); // a late word of one that is over
+        }
+        match what {
+            Following::Copying(received) => {
+                self.copied.0 = received;
+                self.show();
+                Ok(())
+            }
+            Following::Confirmed(generation) | Following::Known(generation) => {
+                self.step(Event::Confirmed(generation))
+            }
+            Following::Spoiled(why) => {
+                self.events
+                    .note(format!("this shadow's copy is spoiled: {why}"));
+                self.events.tell(What::Ended { why, clean: false });
+                self.ended = Some(Ended::Fenced);
+                Ok(())
+            }
+            Following::Link(event) => self.link(event),
+            Following::Said(message, reply) => self.said(message, &reply),
+        }
+    }
+
+    fn said(
+        &mut self,
+        message: PeerMessage,
+        reply: &mpsc::Sender<PeerMessage>,
+    ) -> Result<(), Error> {
+        let answer = match message {
+            PeerMessage::Settle => self.settle(),
+            PeerMessage::Known(record) => {
+                self.step(Event::Confirmed(record.generation))?;
+                PeerMessage::Done
+            }
+            PeerMessage::HandOver(record) => {
+                self.begin_turn();
+                self.step(Event::HandedOver(record))?;
+                match &self.life {
+                    Life::Paired(pair) if pair.may_release().is_some() => PeerMessage::Running,
+                    _ => {
+                        self.turning = None;
+                        PeerMessage::CouldNot
+                    }
+                }
+            }
+            PeerMessage::Stopped(record) => {
+                let _ = reply.send(PeerMessage::Done);
+                return self.step(Event::PeerStopped(record));
+            }
+            PeerMessage::Follow(addresses) => self.take_shadow(&addresses)?,
+            PeerMessage::Begin
+            | PeerMessage::Running
+            | PeerMessage::CouldNot
+            | PeerMessage::Done => PeerMessage::CouldNot,
+        };
+        let _ = reply.send(answer);
+        Ok(())
+    }
+
+    /// Applies what is committed and makes the disks durable, without promoting anything.
+    fn settle(&mut self) -> PeerMessage {
+        let Some(shadowing) = &self.shadowing else {
+            return PeerMessage::CouldNot;
+        };
+        match shadowing.replica.settle() {
+            Ok(()) => PeerMessage::Done,
+            Err(error) => {
+                self.events
+                    .note(format!("the disks could not be made durable: {error}"));
+                PeerMessage::CouldNot
+            }
+        }
+    }
+}
