@@ -138,7 +138,12 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         slot.digest = if due {
             let guest = &self.guest;
             let read = |first, out: &mut [u8]| guest.read_pages(first, out);
-            Some(digest(guest.ram(), &mut self.scratch, read)?)
+            self.shared.verifying.store(true, Ordering::Release);
+            let digested = digest(guest.ram(), &mut self.scratch, read);
+            self.shared.verifying.store(false, Ordering::Release);
+            let digest = digested?;
+            self.shared.verified.store(slot.epoch.0, Ordering::Release);
+            Some(digest)
         } else {
             None
         };

@@ -82,6 +82,10 @@ pub(super) struct Shared {
     /// The epoch thread waits for an acknowledgement or a release: only then is it woken by one.
     pub hungry: AtomicBool,
     pub confirmed: AtomicBool,
+    /// The whole RAM is being digested, which takes as long as it is large.
+    pub verifying: AtomicBool,
+    /// Last epoch with a digest, which the shadow compares as it applies it.
+    pub verified: AtomicU64,
     pub captured: AtomicU64,
     pub shipped: AtomicU64,
     pub acked: AtomicU64,
@@ -122,6 +126,8 @@ impl Shared {
             asked: AtomicBool::new(false),
             hungry: AtomicBool::new(false),
             confirmed: AtomicBool::new(confirmed),
+            verifying: AtomicBool::new(false),
+            verified: AtomicU64::new(0),
             captured: AtomicU64::new(after.0),
             shipped: AtomicU64::new(after.0),
             acked: AtomicU64::new(after.0),
@@ -294,9 +300,15 @@ impl PrimaryHandle {
     }
 
     /// True when something waits for the shadow: output held for an acknowledgement, or an epoch
-    /// captured and not acknowledged (rule 9: work pending).
+    /// captured and not acknowledged (rule 9: work pending). Not while either side digests the whole
+    /// RAM for the verify mode: of a large guest that may take longer than any stall.
     pub fn work_pending(&self) -> bool {
         let progress = self.progress();
+        if self.shared.verifying.load(Ordering::Acquire)
+            || self.shared.verified.load(Ordering::Acquire) > progress.applied.0
+        {
+            return false;
+        }
         progress.captured > progress.acked
             || (self.shared.barrier.gate() == Gate::Protected && progress.oldest_held_ns > 0)
     }

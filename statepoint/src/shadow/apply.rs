@@ -188,8 +188,10 @@ fn apply<G: ShadowGuest, S: ShadowSink>(
         .map_err(failed)?;
     if let Some(there) = stage.digest {
         let ram = guest.ram().to_vec();
-        let here =
-            digest(&ram, scratch, |first, out| guest.read_pages(first, out)).map_err(failed)?;
+        shared.verifying.store(true, Ordering::Release);
+        let here = digest(&ram, scratch, |first, out| guest.read_pages(first, out));
+        shared.verifying.store(false, Ordering::Release);
+        let here = here.map_err(failed)?;
         if here != there {
             return Err(ShadowError::Diverged { epoch, here, there });
         }

@@ -208,6 +208,8 @@ struct Shared {
     applied: AtomicU64,
     durable: AtomicU64,
     spoiled: AtomicBool,
+    /// The whole RAM is being digested, which takes as long as it is large.
+    verifying: AtomicBool,
     close: Mutex<Option<Closer>>,
 }
 
@@ -268,6 +270,13 @@ impl ShadowHandle {
             applied: get(&self.shared.applied),
             durable: get(&self.shared.durable),
         }
+    }
+
+    /// True when an epoch is staged and not applied (rule 9: work pending). Not while the whole RAM is
+    /// digested for the verify mode: of a large guest that may take longer than any stall.
+    pub fn work_pending(&self) -> bool {
+        let progress = self.progress();
+        progress.applied < progress.staged && !self.shared.verifying.load(Ordering::Acquire)
     }
 
     /// The generation the stream is in.
@@ -341,6 +350,7 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
             applied: AtomicU64::new(epoch),
             durable: AtomicU64::new(epoch),
             spoiled: AtomicBool::new(false),
+            verifying: AtomicBool::new(false),
             close: Mutex::new(None),
             config,
             clock,

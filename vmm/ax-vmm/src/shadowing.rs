@@ -122,7 +122,7 @@ impl ProgressSource for Beats {
             applied: at.applied,
             acked: at.staged,
             oldest_held_ns: 0,
-            pending: at.applied < at.staged,
+            pending: self.0.work_pending(),
         }
     }
 }

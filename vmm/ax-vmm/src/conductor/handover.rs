@@ -227,7 +227,8 @@ impl Conductor {
         match self.parting.take() {
             Some(Parting::Protection { sentinel, .. }) => {
                 sentinel.goodbye();
-                self.events.note("the guest runs on the other host; this one is its shadow");
+                self.events
+                    .note("the guest runs on the other host; this one is its shadow");
                 self.answer(&Reply::Done);
             }
             Some(Parting::Shadowing(old)) => old.leave(true),

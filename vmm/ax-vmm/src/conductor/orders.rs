@@ -77,6 +77,10 @@ impl Conductor {
 
     pub(super) fn power(&mut self, what: io_barrier::Power) -> Result<(), Error> {
         let why = match what {
+            // After a promotion it may be said twice: the reset is done by then.
+            io_barrier::Power::Reset if self.parts.machine.lock().power().is_none() => {
+                return Ok(());
+            }
             io_barrier::Power::Reset => {
                 self.events.note("the guest resets");
                 return self.reboot();

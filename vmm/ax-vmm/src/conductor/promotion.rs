@@ -8,7 +8,7 @@ use ax_wire::record::{Record, State};
 use io_barrier::{Grant, SoloGrant};
 use statepoint::pair::Event;
 
-use super::Conductor;
+use super::{Conductor, Input};
 use crate::error::Error;
 use crate::shadowing::Shadowing;
 
@@ -75,7 +75,12 @@ impl Conductor {
             return tracing::error!(%record, "this record does not let this process run alone");
         };
         match self.shadowing.take() {
-            None => self.parts.barrier.pass(grant),
+            None => {
+                self.parts.barrier.pass(grant);
+                // The MAC may have been seen behind another port before, and a server doesn't speak first.
+                self.parts.taps.announce();
+                self.keep_announcing();
+            }
             Some(shadowing) => {
                 self.release_promoted(grant.into(), &shadowing);
                 shadowing.leave(false);
@@ -104,6 +109,16 @@ impl Conductor {
             epoch: committed.0,
             took_us: took,
         });
+        // A power output may have left the old primary, which died before it did what it says.
+        let power = self.parts.machine.lock().power();
+        if let Some(what) = power {
+            let what = match what {
+                vmm::ports::Power::Off => io_barrier::Power::Off,
+                vmm::ports::Power::Reset => io_barrier::Power::Reset,
+                vmm::ports::Power::Crash => io_barrier::Power::Crash,
+            };
+            let _ = self.sender.send(Input::Power(what));
+        }
         self.keep_announcing();
         if let Err(error) = self.parts.receive() {
             tracing::error!(%error, "frames can't be received");

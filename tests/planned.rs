@@ -1,0 +1,162 @@
+//! Planned failover (rule 25): the guest moves, its old host becomes the shadow, and whoever dies on
+//! the way, the guest goes on.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Clients, QUIET, alone, eventually, protected};
+use testkit::site::{Side, Site, SiteSpec};
+use testkit::{require_kvm, require_lab};
+
+fn runs_on(site: &Site, asked: Side, side: Side) -> bool {
+    site.primary(asked, "vm").is_ok_and(|at| at == Some(side))
+}
+
+/// Nothing to complain of: protected, that is.
+fn is_protected(site: &Site, asked: Side) -> bool {
+    site.run_axvm(asked, &["list", "--check"]).is_ok()
+}
+
+fn fail_over(site: &Site, asked: Side) {
+    if let Err(e) = site.run_axvm(asked, &["failover", "vm"]) {
+        panic!("{e}\n{}", site.logs());
+    }
+}
+
+fn there_and_back(spec: SiteSpec, more: &[&str]) {
+    let site = protected(spec, more);
+    let clients = Clients::start(&site);
+    let mut at = Side::A;
+    for round in 0..4 {
+        // Either host may be asked.
+        let asked = if round % 2 == 0 { at } else { at.other() };
+        fail_over(&site, asked);
+        at = at.other();
+        assert!(runs_on(&site, asked, at), "round {round}");
+        assert!(is_protected(&site, asked), "round {round}");
+        clients.go_on(200);
+    }
+    // Protected is what it says: the host that runs it now dies.
+    fail_over(&site, at);
+    clients.go_on(200);
+    site.host(at.other()).kill_all().unwrap();
+    clients.go_on(200);
+    eventually("the survivor says that it runs the guest", || {
+        runs_on(&site, at, at)
+    });
+    clients.are_content();
+}
+
+#[test]
+fn a_guest_moves_there_and_back_protected_and_its_host_dies() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    there_and_back(SiteSpec::default(), &["--verify-every", "25"]);
+}
+
+#[test]
+fn a_guest_with_two_vcpus_and_a_dirty_ring_moves_there_and_back() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let more = ["--cpus", "2", "--dirty", "ring", "--verify-every", "25"];
+    there_and_back(SiteSpec::default(), &more);
+}
+
+#[test]
+fn without_the_witness_a_planned_failover_is_refused_and_nothing_stops() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let mut site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    site.witness().unwrap().kill().unwrap();
+    let mut failover = site.axvm(Side::A);
+    let refused = failover.args(["failover", "vm"]).output().unwrap();
+    assert!(!refused.status.success(), "{refused:?}");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("arbiter"), "{said}");
+    clients.go_on(200);
+    assert!(runs_on(&site, Side::A, Side::A));
+    site.start_witness().unwrap();
+    site.run_axvm(Side::A, &["failover", "vm"]).unwrap();
+    clients.go_on(200);
+    clients.are_content();
+}
+
+/// A host dies at a moment of a planned failover: the other one has the guest, and one only.
+fn dies_on_the_way(victim: Side, after: Duration) {
+    let site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    let mut failover = site.axvm(Side::A);
+    let mut asked = failover.args(["failover", "vm"]).spawn().unwrap();
+    std::thread::sleep(after);
+    site.host(victim).kill_all().unwrap();
+    clients.go_on(200);
+    // Its word counts for nothing: the daemon it asked may be the one that died.
+    let _ = asked.wait();
+    let survivor = victim.other();
+    eventually("the survivor says that it runs the guest", || {
+        runs_on(&site, survivor, survivor)
+    });
+    clients.are_content();
+}
+
+#[test]
+fn a_host_that_dies_at_any_moment_of_a_planned_failover_loses_nothing() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let seed: u64 = std::env::var("AX_SEED").map_or(25, |s| s.parse().unwrap());
+    let rounds: u64 = std::env::var("AX_ROUNDS").map_or(6, |s| s.parse().unwrap());
+    let mut random = seed;
+    for round in 0..rounds {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let victim = if round % 2 == 0 { Side::A } else { Side::B };
+        // The command itself takes some milliseconds to arrive.
+        let after = Duration::from_micros(5_000 + (random >> 33) % 80_000);
+        eprintln!(
+            "AX_SEED={seed} round {round}: host {} dies after {after:?}",
+            victim.name()
+        );
+        dies_on_the_way(victim, after);
+    }
+}
+
+/// Sends a signal to the VM's process on a host.
+fn signal(site: &Site, side: Side, name: &str) {
+    for (pid, command) in site.host(side).processes() {
+        if command.contains("ax-vmm") {
+            let mut kill = std::process::Command::new("kill");
+            let sent = kill.args([format!("-{name}"), pid.to_string()]).status();
+            assert!(sent.unwrap().success());
+        }
+    }
+}
+
+/// The other side stands still while it is asked to make its disks durable: it is given up, and the
+/// guest goes on where it was.
+#[test]
+fn a_shadow_that_stands_still_during_a_planned_failover_is_given_up() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    let mut failover = site.axvm(Side::A);
+    signal(&site, Side::B, "STOP");
+    let asked = failover.args(["failover", "vm"]).output().unwrap();
+    assert!(!asked.status.success(), "{asked:?}");
+    clients.go_on(200);
+    signal(&site, Side::B, "CONT");
+    std::thread::sleep(QUIET);
+    clients.go_on(200);
+    assert!(runs_on(&site, Side::A, Side::A));
+    clients.are_content();
+}
