@@ -285,6 +285,7 @@ impl Daemon {
             let before = primary.status().await.map(|s| s.phase);
             let ordered = control::order(&primary.control, &request, DIALLING).await;
             let after = primary.status().await.map(|s| s.phase);
+            let too_early = matches!(before, None | Some(Phase::Starting | Phase::Held { .. }));
             let under_way = matches!(
                 after,
                 Some(Phase::Syncing { .. } | Phase::Entering | Phase::Protected)
@@ -294,7 +295,8 @@ impl Daemon {
                 // It took it, and its answer was late.
                 Err(_) if under_way => return Ok(()),
                 Err(_) if primary.exited().is_some() => return Err(primary.why_it_ended()),
-                Err(_) if matches!(before, Some(Phase::Starting)) && Instant::now() < deadline => {
+                // It was asked too early, whatever became of it since.
+                Err(_) if too_early && Instant::now() < deadline => {
                     tokio::time::sleep(ASK_EVERY).await;
                 }
                 Err(failure) => match after {

@@ -233,6 +233,14 @@ fn a_failed_start_leaves_nothing_behind() {
     }
 }
 
+/// The primary refuses a shadow until it is granted to run; that grant may come right after.
+#[test]
+fn a_primary_that_was_asked_too_early_is_asked_again() {
+    let pair = Pair::running();
+    pair.a.ask_all(&start(vm("web", Mode::Ft, "late-grant")));
+    assert_eq!(pair.a.show("web").state, State::Protected);
+}
+
 #[test]
 fn a_failed_start_of_a_known_vm_keeps_its_definition_and_images() {
     let pair = Pair::running();

@@ -3,7 +3,7 @@
 //! program of its own, as the real one is.
 //!
 //! `quirks` in the VM's command line make it misbehave: `fail-boot=CODE`, `fail-shadow=CODE`,
-//! `never-protect`, `hold`, `no-answer`, `slow-sync`.
+//! `never-protect`, `hold`, `late-grant`, `no-answer`, `slow-sync`.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -146,6 +146,13 @@ impl Fake {
         let role = self.state.lock().unwrap().status.role;
         match request {
             Request::Status => Reply::Status(Box::new(self.state.lock().unwrap().status.clone())),
+            Request::Protect { .. }
+                if self.quirks.contains("late-grant") && self.generation() == 0 =>
+            {
+                // Too early to take a shadow; a moment later it would not have been.
+                self.enter(Role::Primary, Phase::Alone, 1);
+                refused("this VM does not run alone")
+            }
             Request::Protect { addresses, .. } if !self.quirks.contains("hold") => {
                 let me = self.clone();
                 std::thread::spawn(move || me.protect(&addresses));
@@ -349,7 +356,7 @@ fn main() {
     std::thread::sleep(Duration::from_millis(20));
     match (fake.spec.start, fake.spec.vm.mode) {
         (Start::Boot, Mode::None) => fake.enter(Role::Primary, Phase::Unprotected, 0),
-        (Start::Boot, _) if fake.quirks.contains("hold") => {
+        (Start::Boot, _) if fake.quirks.contains("hold") || fake.quirks.contains("late-grant") => {
             let waits_for = "witness w".to_owned();
             fake.enter(Role::Primary, Phase::Held { waits_for }, 0);
         }
