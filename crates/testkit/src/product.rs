@@ -28,7 +28,7 @@ pub struct Product {
 static PROFILE: OnceLock<String> = OnceLock::new();
 
 /// From now on [`Product::get`] builds in this cargo profile instead of the running program's
-/// own.
+/// own, and lets cargo show its progress on standard error.
 ///
 /// # Errors
 /// When another one has been chosen already.
@@ -107,10 +107,13 @@ fn build(dir: &Path) -> Result<()> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .current_dir(workspace)
-        .args(["build", "--quiet", "--profile", profile]);
+        .args(["build", "--profile", profile]);
     cargo.arg("--target-dir").arg(target);
     for package in PACKAGES {
         cargo.args(["--package", package]);
+    }
+    if PROFILE.get().is_some() {
+        cargo.stderr(Stdio::inherit());
     }
     let output = cargo
         .stdin(Stdio::null())
@@ -121,7 +124,7 @@ fn build(dir: &Path) -> Result<()> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(Error::Product(format!(
-        "cargo build of {} failed:\n{said}",
+        "cargo build of {} failed\n{said}",
         PACKAGES.join(", ")
     )))
 }

@@ -5,7 +5,8 @@
 //! process of the host it runs on, then everything read back.
 
 use std::net::SocketAddr;
-use std::process::{ExitCode, ExitStatus};
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -14,6 +15,7 @@ use testkit::net::{GUEST, addr, isolate};
 use testkit::site::{Side, Site, SiteSpec};
 
 use crate::Error;
+use crate::apart;
 use crate::summary::{Failover, Summary};
 
 /// The guest's network card, the same in every run: the client has it in its ARP cache.
@@ -24,6 +26,8 @@ const BASELINE: Duration = Duration::from_secs(3);
 const WARM_UP: Duration = Duration::from_millis(500);
 /// How long the pair works before the host dies.
 const BEFORE: Duration = Duration::from_secs(4);
+/// From the last question to the hosts until one dies.
+const SETTLE: Duration = Duration::from_millis(300);
 /// How long the client goes on after the first answer from the other host.
 const AFTER: Duration = Duration::from_secs(2);
 /// How long an answer may be missing before the demo gives up.
@@ -59,6 +63,10 @@ pub struct Options {
 
 /// Runs the demo.
 pub fn run(options: &Options) -> Result<ExitCode, Error> {
+    if apart::inside() {
+        return failovers(options);
+    }
+    // Whatever may be missing is told before anything is built.
     if let Err(no) = testkit::kvm::usable() {
         return Err(Error::NotHere(format!(
             "the demo runs a virtual machine, and there is no usable KVM here: {no}.\n\
@@ -66,20 +74,30 @@ pub fn run(options: &Options) -> Result<ExitCode, Error> {
             no.remedy
         )));
     }
-    if !isolate::privileged() {
-        return inside();
-    }
-    testkit::product::use_profile(&options.profile)?;
+    isolate::tun_opens()
+        .map_err(|why| Error::NotHere(format!("the demo's guests need taps: {why}.")))?;
+    isolate::possible()?;
     let tell = Story {
-        began: Instant::now(),
+        began: None,
         aside: options.json,
     };
     tell.line("AX: a guest that outlives its host");
     tell.line(format!(
-        "building axd, axvm and ax-vmm (profile {})",
+        "building axd, axvm and ax-vmm (profile {}); the first time this takes minutes",
         options.profile
     ));
-    testkit::product::Product::get()?;
+    testkit::product::use_profile(&options.profile)?;
+    let product = testkit::product::Product::get()?;
+    let dir = product.axd.parent().unwrap_or(Path::new("."));
+    apart::run(dir, options.keep)
+}
+
+/// In the child that may make test hosts.
+fn failovers(options: &Options) -> Result<ExitCode, Error> {
+    let tell = Story {
+        began: Some(Instant::now()),
+        aside: options.json,
+    };
     let mut failovers = Vec::new();
     for n in 1..=options.failovers {
         if options.failovers > 1 {
@@ -98,23 +116,6 @@ pub fn run(options: &Options) -> Result<ExitCode, Error> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-/// The same command once more, as root of namespaces of its own.
-fn inside() -> Result<ExitCode, Error> {
-    let exe = std::env::current_exe()
-        .map_err(|e| Error::Failed(format!("cannot find this program: {e}")))?;
-    if isolate::inside() {
-        return Err(Error::NotHere(
-            "not even a user namespace allows test hosts here".into(),
-        ));
-    }
-    let status: ExitStatus = isolate::command(exe)
-        .args(std::env::args_os().skip(1))
-        .status()
-        .map_err(|e| testkit::Error::NoNamespaces { why: e.to_string() })?;
-    let code = status.code().and_then(|c| u8::try_from(c).ok());
-    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// One failover on a site of its own.
@@ -179,6 +180,8 @@ fn play(options: &Options, tell: &Story, site: &Site) -> Result<Failover, Error>
     tell.line(format!("{before} epochs so far"));
 
     let processes = victim.processes().len();
+    // Asking and counting took the processor from everybody: the host dies in the midst of its work.
+    std::thread::sleep(SETTLE);
     let (udp_before, incr_before) = (client.udp.answers(), client.incr.answers());
     let killed = victim.kill_all()?;
     tell.line(format!(
@@ -368,20 +371,21 @@ fn tell_summary(summary: &Summary, failovers: &[Failover], tell: &Story) {
     });
 }
 
-/// Tells what happens, with the time since the beginning.
+/// Tells what happens.
 struct Story {
-    began: Instant,
+    /// Each line says how long ago that was, if it is known.
+    began: Option<Instant>,
     /// On standard error, because standard output is for a script.
     aside: bool,
 }
 
 impl Story {
     fn line(&self, text: impl AsRef<str>) {
-        let line = format!(
-            "[{:7.3} s] {}",
-            self.began.elapsed().as_secs_f64(),
-            text.as_ref()
-        );
+        let text = text.as_ref();
+        let line = match self.began {
+            Some(began) => format!("[{:7.3} s] {text}", began.elapsed().as_secs_f64()),
+            None => text.into(),
+        };
         if self.aside {
             eprintln!("{line}");
         } else {

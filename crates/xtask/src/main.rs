@@ -7,6 +7,7 @@
 //! They set up what they need themselves: as root directly, as an ordinary user in namespaces
 //! of their own.
 
+mod apart;
 mod demo;
 mod summary;
 mod test;

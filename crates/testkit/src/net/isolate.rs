@@ -38,6 +38,52 @@ pub fn privileged() -> bool {
     *ANSWER.get_or_init(|| super::NetNs::new("probe").is_ok())
 }
 
+/// Whether test hosts can be made, by this process or by one that [`command`] starts.
+///
+/// # Errors
+/// [`crate::Error::NoNamespaces`] with what the kernel refuses.
+pub fn possible() -> crate::Result<()> {
+    if privileged() {
+        return Ok(());
+    }
+    let mut probe = command("/proc/self/exe");
+    // SAFETY: `unshare` and `_exit` are plain system calls in a process with one thread. The program
+    // is never run: this asks only what the kernel allows.
+    unsafe {
+        probe.pre_exec(|| {
+            let all = libc::CLONE_NEWNET | libc::CLONE_NEWNS | libc::CLONE_NEWPID;
+            match libc::unshare(all) {
+                0 => libc::_exit(0),
+                _ => Err(io::Error::last_os_error()),
+            }
+        });
+    }
+    probe
+        .status()
+        .map(drop)
+        .map_err(|e| crate::Error::NoNamespaces { why: e.to_string() })
+}
+
+/// Whether taps can be made: opens `/dev/net/tun`.
+///
+/// # Errors
+/// What the kernel says, and what to do about it.
+pub fn tun_opens() -> std::result::Result<(), String> {
+    let tun = "/dev/net/tun";
+    let e = match std::fs::OpenOptions::new().read(true).write(true).open(tun) {
+        Ok(_) => return Ok(()),
+        Err(e) => e,
+    };
+    let remedy = match e.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV) => "load the module (modprobe tun)",
+        Some(libc::EACCES | libc::EPERM) => {
+            "let this user open it (chmod 0666 /dev/net/tun, as udev does), or run as root"
+        }
+        _ => "see dmesg",
+    };
+    Err(format!("cannot open {tun}: {e}; {remedy}"))
+}
+
 /// Whether this process was started by [`command`].
 pub fn inside() -> bool {
     std::env::var_os(INSIDE_VAR).is_some()
@@ -47,11 +93,8 @@ pub fn inside() -> bool {
 /// otherwise runs the calling libtest test in a child process that may. Taps need `/dev/net/tun`
 /// either way.
 pub fn enter_test() -> Entered {
-    let tun = "/dev/net/tun";
-    if let Err(e) = std::fs::OpenOptions::new().read(true).write(true).open(tun) {
-        return Entered::Unavailable(format!(
-            "cannot open {tun}: {e}; load the module tun, and let this user open it (mode 0666)"
-        ));
+    if let Err(why) = tun_opens() {
+        return Entered::Unavailable(why);
     }
     if privileged() {
         return Entered::Here;
