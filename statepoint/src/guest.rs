@@ -59,6 +59,12 @@ pub trait Guest {
 
     /// Lets devices and vCPUs go on.
     fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// When the last vCPU ran again after the last `resume`, nanoseconds of the engine's clock, if that
+    /// is known. While paused.
+    fn resumed_ns(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// The copy of a guest that does not run yet.

@@ -84,6 +84,15 @@ pub(crate) struct Gate {
     vcpus: Box<[Kick]>,
     /// Counts harvests that freed dirty-ring entries, and releases.
     freed: AtomicU64,
+    /// When a released vCPU last went on, nanoseconds of CLOCK_BOOTTIME.
+    entered: AtomicU64,
+}
+
+fn boottime_ns() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    now.map_or(0, |t| {
+        t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64
+    })
 }
 
 impl Gate {
@@ -100,6 +109,7 @@ impl Gate {
             all_parked: Condvar::new(),
             vcpus: vcpus.into(),
             freed: AtomicU64::new(0),
+            entered: AtomicU64::new(0),
         }
     }
 
@@ -126,7 +136,15 @@ impl Gate {
         }
         state.parked -= 1;
         self.set_parked(vcpu, false);
+        if state.order == Order::Run {
+            self.entered.fetch_max(boottime_ns(), Ordering::Release);
+        }
         state.order == Order::Run
+    }
+
+    /// When the last of the vCPUs let go went on.
+    pub(crate) fn entered_ns(&self) -> Option<u64> {
+        Some(self.entered.load(Ordering::Acquire)).filter(|at| *at != 0)
     }
 
     fn set_parked(&self, vcpu: usize, parked: bool) {

@@ -314,6 +314,12 @@ impl Machine {
         }
     }
 
+    /// When the last vCPU called KVM_RUN after the last [`Machine::resume`], nanoseconds of
+    /// CLOCK_BOOTTIME; `None` if none has run. Exact while paused.
+    pub fn resumed_ns(&self) -> Option<u64> {
+        self.vm.as_ref().and_then(|vm| vm.gate.entered_ns())
+    }
+
     /// Appends all state: devices, then each vCPU, then clock and chips (rule 3). Only while paused,
     /// and before [`Machine::harvest`]: reading vCPU state may dirty guest memory. Allocates nothing.
     ///

@@ -87,6 +87,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
                 now
             }
         };
+        self.count_pause();
         if let Err(error) = self.fill(slot) {
             return self.undo(error);
         }
@@ -105,9 +106,19 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         }
         slot.resumed_ns = self.shared.clock.now_ns();
         self.paused_for = slot.resumed_ns.saturating_sub(began);
-        self.shared.counters.pause.record(self.paused_for);
+        self.uncounted_pause = Some(began);
         self.shared.counters.pages.record(slot.pages.len() as u64);
         Ok(())
+    }
+
+    /// Counts the last pause, from the first kick to the last vCPU running again. That vCPU may run
+    /// long after `resume` has returned, and is parked again now.
+    fn count_pause(&mut self) {
+        if let Some(began) = self.uncounted_pause.take() {
+            let known = self.guest.resumed_ns().filter(|at| *at >= began);
+            let pause = known.unwrap_or(self.resumed).saturating_sub(began);
+            self.shared.counters.pause.record(pause);
+        }
     }
 
     /// Everything of a capture that can fail, with the guest paused.

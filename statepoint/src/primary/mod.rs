@@ -204,6 +204,8 @@ pub struct PrimaryEngine<G, S> {
     is_final: bool,
     resumed: u64,
     paused_for: u64,
+    /// When the last pause began, until the next one: only then its end is known.
+    uncounted_pause: Option<u64>,
     estimate: usize,
     estimated: u64,
     failures: u32,
@@ -246,6 +248,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             is_final: false,
             resumed: shared.clock.now_ns(),
             paused_for: 0,
+            uncounted_pause: None,
             estimate: 0,
             estimated: 0,
             failures: 0,

@@ -173,6 +173,10 @@ impl Guest for EpochGuest {
         self.0.end_turn();
         resumed.map_err(failed("resume"))
     }
+
+    fn resumed_ns(&self) -> Option<u64> {
+        self.0.lock().resumed_ns()
+    }
 }
 
 impl ShadowGuest for EpochGuest {
