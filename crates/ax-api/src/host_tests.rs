@@ -42,7 +42,9 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
             epochs_per_second: 0.0,
             pause_us: [0; 2],
             commit_us: [0; 2],
+            ship_us: [0; 2],
             pages: [0; 2],
+            link_bytes_per_second: 0,
             oldest_held_us: 0,
         }),
     }

@@ -168,12 +168,18 @@ pub struct Status {
     pub epoch: u64,
     /// Epochs per second, last second.
     pub epochs_per_second: f64,
-    /// Pause per epoch, median and 99th percentile since start, microseconds.
+    /// Pause per epoch, median and 99th percentile of the last five seconds, microseconds.
     pub pause_us: [u64; 2],
-    /// From the end of a capture to its commit, median and 99th percentile, microseconds.
+    /// From the end of a capture to its commit, likewise.
     pub commit_us: [u64; 2],
-    /// Pages per epoch, median and 99th percentile.
+    /// Writing an epoch to the link, likewise.
+    #[serde(default)]
+    pub ship_us: [u64; 2],
+    /// Pages per epoch, likewise.
     pub pages: [u64; 2],
+    /// Bytes of epochs written to the link a second, over the last five seconds.
+    #[serde(default)]
+    pub link_bytes_per_second: u64,
     /// Age of the oldest held output, microseconds; 0 with none.
     pub oldest_held_us: u64,
 }

@@ -243,7 +243,7 @@ fn details(report: &VmReport) -> String {
                     Role::Shadow => "shadow",
                 };
                 format!(
-                    "{role}, {}, generation {}, epoch {} ({:.0}/s), pause p50/p99 {}/{} us, commit {}/{} us, pages {}/{}",
+                    "{role}, {}, generation {}, epoch {} ({:.0}/s), pause p50/p99 {}/{} us, commit {}/{} us, pages {}/{}, link {:.1} MB/s",
                     phase_text(&s.phase),
                     s.generation.0,
                     s.epoch,
@@ -254,6 +254,7 @@ fn details(report: &VmReport) -> String {
                     s.commit_us[1],
                     s.pages[0],
                     s.pages[1],
+                    s.link_bytes_per_second as f64 / 1e6,
                 )
             }
         };

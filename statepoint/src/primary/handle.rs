@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use super::capture::Slot;
 use super::{PrimaryConfig, PrimaryError};
 use crate::link::{Closer, LinkError};
-use crate::stats::{Counters, Snapshot};
+use crate::stats::{Counters, Reading, Snapshot};
 use crate::trigger::Trigger;
 
 /// Received frames waiting to be forwarded, bytes: one frame of the stream.
@@ -315,6 +315,11 @@ impl PrimaryHandle {
 
     /// Times and counts since the engine was made.
     pub fn stats(&self) -> Snapshot {
-        self.shared.counters.snapshot()
+        self.reading().since(None)
+    }
+
+    /// Times and counts at this moment, to be compared with those of another.
+    pub fn reading(&self) -> Reading {
+        self.shared.counters.reading()
     }
 }

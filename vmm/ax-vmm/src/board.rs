@@ -1,16 +1,21 @@
 //! What this process says of itself, whatever else it is doing.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ax_api::process::{Phase, Role, Spec, Status};
 use ax_wire::{Generation, Incarnation};
 use parking_lot::Mutex;
 use statepoint::primary::PrimaryHandle;
 use statepoint::shadow::ShadowHandle;
+use statepoint::stats::{Reading, Snapshot, Summary};
 
 use crate::parts::EngineBell;
+
+/// What status tells of times and sizes is of so long a time.
+const RECENT: Duration = Duration::from_secs(5);
 
 struct Facts {
     role: Role,
@@ -20,6 +25,30 @@ struct Facts {
     shadow: Option<ShadowHandle>,
     sample: (Instant, u64),
     rate: f64,
+    /// Readings of the present engine, the oldest at least [`RECENT`] ago if it has run for so long.
+    readings: VecDeque<(Instant, Reading)>,
+}
+
+impl Facts {
+    fn note(&mut self, now: Instant, reading: Reading) {
+        let newer = |(_, before): &(Instant, Reading)| reading.bytes() >= before.bytes();
+        if !self.readings.back().is_none_or(newer) {
+            self.readings.clear(); // another engine: this process protects its guest by a new shadow
+        }
+        self.readings.push_back((now, reading));
+        let old = |at: &(Instant, Reading)| now.saturating_duration_since(at.0) >= RECENT;
+        while self.readings.get(1).is_some_and(old) {
+            self.readings.pop_front();
+        }
+    }
+
+    /// What happened lately, and in what time. Of an engine younger than a tick: since it was made.
+    fn recent(&self, reading: &Reading) -> (Snapshot, Option<Duration>) {
+        let base = self.readings.front();
+        let base = base.filter(|(_, before)| reading.bytes() >= before.bytes());
+        let past = reading.since(base.map(|(_, before)| before));
+        (past, base.map(|(at, _)| at.elapsed()))
+    }
 }
 
 /// The board: written by the conductor, read by control connections.
@@ -47,6 +76,7 @@ impl Board {
             shadow: None,
             sample: (Instant::now(), 0),
             rate: 0.0,
+            readings: VecDeque::new(),
         };
         Arc::new(Board {
             spec,
@@ -81,7 +111,7 @@ impl Board {
         epoch
     }
 
-    /// Called about once a second: the rate of epochs.
+    /// Called about once a second: the rate of epochs, and what is recent.
     pub fn tick(&self) {
         let mut facts = self.facts.lock();
         let epoch = self.epoch(&facts);
@@ -89,6 +119,12 @@ impl Board {
         let seconds = at.elapsed().as_secs_f64().max(0.001);
         facts.rate = epoch.saturating_sub(before) as f64 / seconds;
         facts.sample = (Instant::now(), epoch);
+        let mut reading = None;
+        self.bell.with(|engine| reading = Some(engine.reading()));
+        match reading {
+            Some(reading) => facts.note(Instant::now(), reading),
+            None => facts.readings.clear(),
+        }
     }
 
     /// How things are.
@@ -107,16 +143,22 @@ impl Board {
             epochs_per_second: facts.rate,
             pause_us: [0; 2],
             commit_us: [0; 2],
+            ship_us: [0; 2],
             pages: [0; 2],
+            link_bytes_per_second: 0,
             oldest_held_us: 0,
         };
-        drop(facts);
         self.bell.with(|engine: &PrimaryHandle| {
-            let stats = engine.stats();
-            let micros = |s: statepoint::stats::Summary| [s.p50 / 1000, s.p99 / 1000];
-            status.pause_us = micros(stats.pause_ns);
-            status.commit_us = micros(stats.commit_ns);
-            status.pages = [stats.pages.p50, stats.pages.p99];
+            let (past, span) = facts.recent(&engine.reading());
+            let micros = |s: Summary| [s.p50 / 1000, s.p99 / 1000];
+            status.pause_us = micros(past.pause_ns);
+            status.commit_us = micros(past.commit_ns);
+            status.ship_us = micros(past.ship_ns);
+            status.pages = [past.pages.p50, past.pages.p99];
+            let seconds = span.map_or(0.0, |span| span.as_secs_f64());
+            if seconds > 0.0 {
+                status.link_bytes_per_second = (past.bytes as f64 / seconds) as u64;
+            }
             status.oldest_held_us = engine.progress().oldest_held_ns / 1000;
         });
         status
