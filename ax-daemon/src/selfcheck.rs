@@ -3,51 +3,36 @@
 //! KVM, save and restore and the exactness of dirty tracking are `ax-vmm --selfcheck`'s to try, which
 //! prints one JSON line for each; link, peer and witness are tried from here.
 
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ax_api::check::Check;
 use ax_api::host::Code;
 use ax_api::process::Arbiter;
 use ax_link::{AddressPair, Connector, Preamble};
-use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::failure::Failure;
 use crate::peer::PeerLink;
 use crate::run;
 
-/// What one check found. This is also the line `ax-vmm --selfcheck` prints for each of its own.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Check {
-    /// What was checked.
-    pub check: String,
-    /// Whether it is as it should be.
-    pub ok: bool,
-    /// What was found, and what to do about it.
-    pub detail: String,
-    /// Exit status this failure asks for; 0 when ok.
-    #[serde(default)]
-    pub code: i32,
+/// What a failure to check KVM at all is told as.
+const KVM: &str = "kvm";
+
+/// Prints each check as it is done, and remembers the first that failed.
+struct Report {
+    json: bool,
+    failed: Option<Check>,
 }
 
-impl Check {
-    fn ok(check: &str, detail: impl Into<String>) -> Check {
-        Check {
-            check: check.to_owned(),
-            ok: true,
-            detail: detail.into(),
-            code: 0,
-        }
-    }
-
-    fn bad(check: &str, code: Code, detail: impl Into<String>) -> Check {
-        Check {
-            check: check.to_owned(),
-            ok: false,
-            detail: detail.into(),
-            code: i32::from(code.exit()),
+impl Report {
+    fn say(&mut self, check: Check) {
+        check.print(self.json);
+        if !check.ok && self.failed.is_none() {
+            self.failed = Some(check);
         }
     }
 }
@@ -57,29 +42,21 @@ impl Check {
 /// # Errors
 /// Something is not as it should be.
 pub fn run(config: Option<&Config>, json: bool) -> Result<(), Failure> {
-    let mut checks = machine(config);
+    let mut report = Report { json, failed: None };
+    machine(config, &mut report);
     if let Some(config) = config {
-        checks.extend(link(config));
+        link(config, &mut report);
     }
-    for check in &checks {
-        if json {
-            if let Ok(line) = serde_json::to_string(check) {
-                println!("{line}");
-            }
-        } else {
-            let mark = if check.ok { "ok  " } else { "FAIL" };
-            println!("{mark} {}: {}", check.check, check.detail);
-        }
-    }
-    match checks.iter().find(|c| !c.ok) {
+    match report.failed {
         None => Ok(()),
         Some(first) => Err(Failure::new(
             match first.code {
+                2 => Code::Usage,
                 3 => Code::NotHere,
                 8 => Code::Peer,
                 10 => Code::Network,
+                11 => Code::Memory,
                 12 => Code::Arbiter,
-                2 => Code::Usage,
                 _ => Code::Failed,
             },
             format!(
@@ -90,69 +67,56 @@ pub fn run(config: Option<&Config>, json: bool) -> Result<(), Failure> {
     }
 }
 
-/// KVM and what `ax-vmm` can say of it.
-fn machine(config: Option<&Config>) -> Vec<Check> {
-    const KVM: &str = "kvm";
-    if let Err(e) = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-    {
-        let cure = match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                "enable virtualisation in the firmware and load kvm_intel or kvm_amd"
-            }
-            std::io::ErrorKind::PermissionDenied => "add this user to group kvm",
-            _ => "see the kernel's log",
-        };
-        return vec![Check::bad(
-            KVM,
-            Code::NotHere,
-            format!("/dev/kvm: {e}; {cure}"),
-        )];
-    }
+/// KVM and what `ax-vmm` can say of it, line by line as it says it.
+fn machine(config: Option<&Config>, report: &mut Report) {
     let program = match config {
         Some(config) => run::program(config),
         None => run::program(&Config::bare("selfcheck", "/".into(), &[], true)),
     };
-    let output = match Command::new(&program).arg("--selfcheck").output() {
-        Ok(output) => output,
-        Err(e) => {
-            let why = format!("cannot run {}: {e}", program.display());
-            return vec![Check::bad(KVM, Code::Failed, why)];
-        }
+    let failed = |why: String| Check::bad(KVM, Code::Failed, why);
+    let mut command = Command::new(&program);
+    command.args(["--selfcheck", "-o", "json"]);
+    let started = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut child = match started {
+        Ok(child) => child,
+        Err(e) => return report.say(failed(format!("cannot run {}: {e}", program.display()))),
     };
-    let text = String::from_utf8_lossy(&output.stdout);
-    let mut checks: Vec<Check> = text
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect();
-    if checks.is_empty() || (!output.status.success() && checks.iter().all(|c| c.ok)) {
-        let told = String::from_utf8_lossy(&output.stderr);
-        let last = told.lines().last().unwrap_or("nothing").to_owned();
-        let code = match output.status.code() {
-            Some(status) => Code::of_process(status),
-            None => Code::Failed,
-        };
-        checks.push(Check::bad(
-            KVM,
-            code,
-            format!(
-                "{} --selfcheck: {}; {last}",
-                program.display(),
-                output.status
-            ),
-        ));
+    let mut said = 0;
+    if let Some(out) = child.stdout.take() {
+        for line in BufReader::new(out).lines().map_while(Result::ok) {
+            if let Ok(check) = serde_json::from_str(&line) {
+                report.say(check);
+                said += 1;
+            }
+        }
     }
-    checks
+    let ended = match child.wait_with_output() {
+        Ok(ended) => ended,
+        Err(e) => return report.say(failed(format!("wait for {}: {e}", program.display()))),
+    };
+    // One that died on the way has not said what of.
+    if said == 0 || (!ended.status.success() && report.failed.is_none()) {
+        let told = String::from_utf8_lossy(&ended.stderr);
+        let last = told.lines().last().unwrap_or("it says no more").to_owned();
+        let code = ended.status.code().map_or(Code::Failed, Code::of_process);
+        let why = format!(
+            "{} --selfcheck: {}; {last}",
+            program.display(),
+            ended.status
+        );
+        report.say(Check::bad(KVM, code, why));
+    }
 }
 
 /// The dedicated link's addresses, the other host, the witness.
-fn link(config: &Config) -> Vec<Check> {
-    let mut checks = vec![];
+fn link(config: &Config, report: &mut Report) {
     for address in &config.link {
         let name = format!("link {address}");
-        checks.push(match TcpListener::bind((*address, 0)) {
+        report.say(match TcpListener::bind((*address, 0)) {
             Ok(_) => Check::ok(&name, "is this host's own"),
             Err(e) => Check::bad(
                 &name,
@@ -164,8 +128,7 @@ fn link(config: &Config) -> Vec<Check> {
     let security = match run::security(config) {
         Ok(security) => security,
         Err(failure) => {
-            checks.push(Check::bad("keys", failure.code, failure.why));
-            return checks;
+            return report.say(Check::bad("keys", failure.code, failure.why));
         }
     };
     if let Some(peer) = &config.peer {
@@ -183,7 +146,7 @@ fn link(config: &Config) -> Vec<Check> {
             }
         });
         let name = format!("peer {}", peer.name);
-        checks.push(match answered {
+        report.say(match answered {
             Ok(()) => Check::ok(&name, format!("answers after {:.1?}", began.elapsed())),
             Err(failure) => Check::bad(&name, failure.code, failure.why),
         });
@@ -195,15 +158,14 @@ fn link(config: &Config) -> Vec<Check> {
             let opened = Connector::new(security, paths, name.parse().ok())
                 .timeout(Duration::from_secs(2))
                 .open(Preamble::witness());
-            checks.push(match opened {
+            report.say(match opened {
                 Ok(_) => Check::ok(&label, "answers"),
                 Err(e) => Check::bad(&label, Code::Arbiter, e.to_string()),
             });
         }
-        Arbiter::Manual => checks.push(Check::ok(
+        Arbiter::Manual => report.say(Check::ok(
             "witness",
             "none configured: after a failure a guest is held until an operator decides",
         )),
     }
-    checks
 }

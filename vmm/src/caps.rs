@@ -76,6 +76,10 @@ const REQUIRED: &[(Cap, &str)] = &[
     ),
 ];
 
+/// What rules 11 and 4 need beyond that, as a machine's configuration asks for it.
+pub(crate) const TSC_OFFSETS: &str = "setting TSC offsets (KVM_VCPU_TSC_OFFSET)";
+pub(crate) const MANUAL_PROTECT: &str = "manual protect (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)";
+
 /// Opens KVM and checks that it has everything a machine needs.
 pub(crate) fn open() -> Result<Kvm> {
     let kvm = Kvm::new().map_err(|e| Error::NoKvm(std::io::Error::from_raw_os_error(e.errno())))?;
@@ -130,6 +134,20 @@ impl HostCaps {
             manual_protect: raw_extension(&kvm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & 1 == 1,
             tsc_offset: sys::tsc_offset(&vcpu).is_ok(),
         })
+    }
+
+    /// What a VM with the default dirty tracking needs and this KVM lacks, by name.
+    pub fn lacking(&self) -> Option<&'static str> {
+        match self {
+            HostCaps {
+                tsc_offset: false, ..
+            } => Some(TSC_OFFSETS),
+            HostCaps {
+                manual_protect: false,
+                ..
+            } => Some(MANUAL_PROTECT),
+            _ => None,
+        }
     }
 
     /// What would keep a guest from moving between this host and `peer`, one line each; empty
@@ -303,6 +321,24 @@ mod tests {
             manual_protect: true,
             tsc_offset: true,
         }
+    }
+
+    #[test]
+    fn what_is_lacking_is_named() {
+        assert_eq!(caps().lacking(), None);
+        let mut without_rings = caps();
+        without_rings.dirty_ring_bytes = 0; // the bitmap does
+        assert_eq!(without_rings.lacking(), None);
+        let mut other = caps();
+        other.manual_protect = false;
+        assert!(
+            other
+                .lacking()
+                .unwrap()
+                .contains("MANUAL_DIRTY_LOG_PROTECT2")
+        );
+        other.tsc_offset = false;
+        assert!(other.lacking().unwrap().contains("TSC_OFFSET"));
     }
 
     #[test]

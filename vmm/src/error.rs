@@ -17,9 +17,7 @@ pub enum Error {
     #[error("machine configuration: {0}")]
     Config(String),
     /// /dev/kvm can't be used.
-    #[error(
-        "no usable KVM: opening /dev/kvm: {0} (is the kvm module loaded, may this user open it?)"
-    )]
+    #[error("no usable KVM: opening /dev/kvm: {why}; {cure}", why = .0, cure = cure(.0))]
     NoKvm(#[source] io::Error),
     /// KVM lacks something this machine can't do without.
     #[error("this KVM lacks {0}")]
@@ -80,6 +78,19 @@ pub enum Error {
     /// A vCPU thread ended on its own; the machine can't go on.
     #[error("a vCPU thread has ended unexpectedly")]
     VcpuGone,
+}
+
+/// What to do about a /dev/kvm that can't be opened.
+fn cure(why: &io::Error) -> &'static str {
+    match why.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            "enable virtualisation in the firmware (inside a VM: nested virtualisation on its host) \
+             and load kvm_intel or kvm_amd"
+        }
+        Some(libc::EACCES | libc::EPERM) => "add this user to group kvm, or run as root",
+        Some(libc::EBUSY) => "another hypervisor holds the CPU's virtualisation: stop it",
+        _ => "see the kernel's log",
+    }
 }
 
 /// Names the KVM call that failed.

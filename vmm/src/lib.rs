@@ -14,7 +14,8 @@
 //! - `vm`, `vcpu`, `gate`: the KVM objects, the vCPU threads, and how they are parked;
 //! - `dirty`: which pages changed, by KVM's ring or bitmap;
 //! - `state`, [`clock`]: what is saved, in which order, and what time it is after a restore;
-//! - [`machine`]: all of it together; `handle`: what other threads may do with it.
+//! - [`machine`]: all of it together; `handle`: what other threads may do with it;
+//! - [`selfcheck`]: whether this host's KVM keeps what all of it builds on.
 
 pub mod bitmap;
 pub mod boot;
@@ -32,6 +33,7 @@ pub mod memory;
 mod msrs;
 pub mod ports;
 mod power;
+pub mod selfcheck;
 mod state;
 mod sys;
 mod vcpu;

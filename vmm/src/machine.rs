@@ -6,7 +6,7 @@ use std::time::Duration;
 use ax_wire::state::{StateReader, StateWriter};
 
 use crate::boot;
-use crate::caps::HostCaps;
+use crate::caps::{self, HostCaps};
 use crate::config::{DirtyTracking, MAX_VCPUS, MachineConfig};
 use crate::devices::{DeviceSet, DeviceSpec, Ports};
 use crate::dirty::{RING_ENTRY_BYTES, Tracker};
@@ -499,7 +499,7 @@ fn check(config: &MachineConfig, ports: &Ports, caps: &HostCaps) -> Result<()> {
         return bad("more than 16 network devices and disks".into());
     }
     if !caps.tsc_offset {
-        return Err(Error::Missing("setting TSC offsets (KVM_VCPU_TSC_OFFSET)"));
+        return Err(Error::Missing(caps::TSC_OFFSETS));
     }
     match config.dirty {
         DirtyTracking::Ring { entries } => {
@@ -518,9 +518,7 @@ fn check(config: &MachineConfig, ports: &Ports, caps: &HostCaps) -> Result<()> {
         }
         DirtyTracking::Bitmap { hot_pages } => {
             if !caps.manual_protect {
-                return Err(Error::Missing(
-                    "manual protect (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)",
-                ));
+                return Err(Error::Missing(caps::MANUAL_PROTECT));
             }
             if hot_pages > 4096 {
                 return bad(format!("{hot_pages} hot pages: give at most 4096"));

@@ -7,62 +7,30 @@ mod common;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::payload::{ARENA, ARENA_LEN, COUNTERS, DONE, LIMIT, Mode, TICKS};
+use common::payload::{ARENA, COUNTERS, Mode, TICKS};
 use common::{
     BITMAP, Collected, RING, Random, booted, config, eventually, moved, ram, revived, state, word,
 };
-use vmm::{HostCaps, Machine};
-
-/// What WORK leaves behind.
-fn result_of(machine: &mut Machine) -> (Vec<u8>, u64) {
-    eventually("the work is done", || word(machine, DONE) == 1);
-    machine.pause().unwrap();
-    let all = ram(machine);
-    let arena = &all[ARENA as usize..(ARENA + ARENA_LEN) as usize];
-    (arena.to_vec(), word(machine, COUNTERS))
-}
-
-fn undisturbed(caps: &HostCaps, limit: u64) -> (Vec<u8>, u64) {
-    let outputs = Arc::default();
-    let mut machine = booted(caps, &config(Mode::Work, 2, limit, BITMAP), &outputs);
-    machine.start().unwrap();
-    result_of(&mut machine)
-}
-
-/// Lets a paused guest's work end a little further on; where.
-fn end_soon(machine: &Machine, random: &mut Random) -> (Vec<u8>, u64) {
-    let limit = word(machine, COUNTERS) + 1000 + random.below(1_000_000);
-    let mut all = ram(machine);
-    all[LIMIT as usize..][..8].copy_from_slice(&limit.to_le_bytes());
-    (all, limit)
-}
+use vmm::HostCaps;
+use vmm::selfcheck::{Fault, moves};
 
 #[test]
 fn two_hundred_moves_at_random_moments_leave_the_work_as_if_undisturbed() {
     let caps = require_kvm!();
-    let config = config(Mode::Work, 2, u64::MAX, BITMAP);
-    let outputs: Arc<Collected> = Arc::default();
-    let mut random = Random(11);
-    let mut machine = booted(&caps, &config, &outputs);
-    machine.start().unwrap();
-    for _ in 0..200 {
-        random.nap(3000);
-        machine.pause().unwrap();
-        let mut next = moved(&caps, &config, &outputs, &machine);
-        drop(machine);
-        next.start().unwrap();
-        machine = next;
-    }
-    machine.pause().unwrap();
-    let (all, limit) = end_soon(&machine, &mut random);
-    let mut last = revived(&caps, &config, &outputs, &state(&machine), &all);
-    drop(machine);
-    last.start().unwrap();
-    let got = result_of(&mut last);
-    assert_eq!(got.1, limit);
+    moves::work_survives(&caps, 200, |_, _| {}).unwrap();
+}
+
+#[test]
+fn a_move_that_changes_one_bit_is_found_out() {
+    let caps = require_kvm!();
+    let fault = moves::work_survives(&caps, 5, |number, ram| {
+        if number == 2 {
+            ram[ARENA as usize + 12_345] ^= 4;
+        }
+    });
     assert!(
-        got == undisturbed(&caps, limit),
-        "memory differs from the undisturbed run's"
+        matches!(fault, Err(Fault::Differs { moves: 5 })),
+        "{fault:?}"
     );
 }
 
@@ -77,7 +45,7 @@ fn child_of_the_process_test() {
         std::fs::read(dir.join("state")).unwrap(),
         std::fs::read(dir.join("ram")).unwrap(),
     );
-    let config = config(Mode::Work, 2, u64::MAX, BITMAP);
+    let config = moves::worker();
     let mut machine = revived(&caps, &config, &outputs, &saved, &ram_before);
     machine.start().unwrap();
     let before = word(&machine, COUNTERS);
@@ -90,7 +58,7 @@ fn child_of_the_process_test() {
 #[test]
 fn moves_between_processes_leave_the_work_as_if_undisturbed() {
     let caps = require_kvm!();
-    let config = config(Mode::Work, 2, u64::MAX, BITMAP);
+    let config = moves::worker();
     let outputs: Arc<Collected> = Arc::default();
     let mut random = Random(23);
     let mut machine = booted(&caps, &config, &outputs);
@@ -117,12 +85,12 @@ fn moves_between_processes_leave_the_work_as_if_undisturbed() {
     let read = |name| std::fs::read(dir.path().join(name)).unwrap();
     let machine = revived(&caps, &config, &outputs, &read("state"), &read("ram"));
     assert!(word(&machine, COUNTERS) > began, "the children did nothing");
-    let (all, limit) = end_soon(&machine, &mut random);
+    let (all, limit) = moves::ending(&machine, 1_000_000).unwrap();
     let mut last = revived(&caps, &config, &outputs, &read("state"), &all);
     drop(machine);
     last.start().unwrap();
     assert!(
-        result_of(&mut last) == undisturbed(&caps, limit),
+        moves::outcome(&mut last).unwrap() == moves::undisturbed(&caps, limit).unwrap(),
         "memory differs"
     );
 }

@@ -279,8 +279,8 @@ fn main() {
     let args: Vec<String> = std::env::args().collect();
     if args.get(1).map(String::as_str) == Some("--selfcheck") {
         println!(r#"{{"check":"kvm","ok":true,"detail":"fake"}}"#);
-        println!(r#"{{"check":"dirty","ok":false,"detail":"a page was missed","code":1}}"#);
-        exit(1);
+        println!(r#"{{"check":"dirty","ok":false,"detail":"a page was missed","code":3}}"#);
+        exit(3);
     }
     let text = std::fs::read(Path::new(&args[2])).unwrap();
     let spec: Spec = serde_json::from_slice(&text).unwrap();

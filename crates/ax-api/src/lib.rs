@@ -4,11 +4,13 @@
 //! - [`process`]: what axd hands one `ax-vmm` process, and how they talk afterwards.
 //! - [`host`]: what axvm asks axd, and one axd the other.
 //! - [`report`]: how a VM is, taken over both hosts.
+//! - [`check`]: what a check of a host found.
 //! - [`units`]: sizes and hardware addresses as people write them.
 //!
 //! All of it travels as JSON, one document a line, over Unix sockets (and between the axds over
 //! the authenticated link).
 
+pub mod check;
 pub mod host;
 pub mod process;
 pub mod report;

@@ -20,6 +20,7 @@ mod hello;
 mod outside;
 mod parts;
 mod protect;
+mod selfcheck;
 mod session;
 mod shadowing;
 mod tap;
@@ -29,7 +30,7 @@ use std::process::ExitCode;
 
 use ax_api::process::Spec;
 use ax_api::vm::Secondary;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use error::Error;
 
 /// One VM on one side of its pair. Started by axd, not by hand.
@@ -42,8 +43,25 @@ other side."
 )]
 struct Args {
     /// The specification written by axd (JSON).
-    #[arg(long, value_name = "FILE")]
-    spec: PathBuf,
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "selfcheck",
+        conflicts_with = "selfcheck"
+    )]
+    spec: Option<PathBuf>,
+    /// Run no VM: try whether this host's KVM can protect one.
+    #[arg(long)]
+    selfcheck: bool,
+    /// How the self-check prints.
+    #[arg(short, long, value_enum, default_value_t = Output::Text, requires = "selfcheck")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
 }
 
 fn load(path: &Path) -> Result<Spec, Error> {
@@ -75,8 +93,10 @@ fn main() -> ExitCode {
         )
         .with_writer(std::io::stderr)
         .init();
-    let ended = load(&args.spec).and_then(conductor::run);
-    match ended {
+    let Some(spec) = args.spec else {
+        return ExitCode::from(selfcheck::run(args.output == Output::Json));
+    };
+    match load(&spec).and_then(conductor::run) {
         Ok(ending) => ExitCode::from(ending.code()),
         Err(error) => {
             // The last line of standard error is for axd: what to tell the user.

@@ -1,17 +1,16 @@
 //! What the tests of the machine share.
-#![allow(dead_code, reason = "each test binary uses a part")]
-
-pub mod payload;
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use vmm::ports::{Full, Outputs, Power};
-use vmm::{BootConfig, DirtyTracking, HostCaps, Image, Machine, MachineConfig, Ports};
+use vmm::selfcheck::rig;
+use vmm::{HostCaps, Machine, MachineConfig};
 
-use ax_wire::state::StateWriter;
-use payload::Mode;
+pub use vmm::selfcheck::payload;
+pub use vmm::selfcheck::rig::{BITMAP, RING, Random, config};
 
 /// Collects what the guest shows.
 #[derive(Default)]
@@ -64,64 +63,25 @@ macro_rules! require_kvm {
     };
 }
 
-pub const BITMAP: DirtyTracking = DirtyTracking::Bitmap { hot_pages: 64 };
-pub const RING: DirtyTracking = DirtyTracking::Ring { entries: 256 };
-pub const MEMORY: u64 = 16 << 20;
-
-pub fn config(mode: Mode, vcpus: u8, limit: u64, dirty: DirtyTracking) -> MachineConfig {
-    MachineConfig {
-        memory: MEMORY,
-        vcpus,
-        nics: Vec::new(),
-        rng: false,
-        dirty,
-        boot: BootConfig {
-            kernel: Some(Image::Embedded(payload::elf(mode, vcpus, limit))),
-            ..Default::default()
-        },
-    }
-}
-
 pub fn machine(caps: &HostCaps, config: &MachineConfig, outputs: &Arc<Collected>) -> Machine {
-    let ports = Ports {
-        outputs: Arc::clone(outputs) as _,
-        disks: Vec::new(),
-    };
-    Machine::with_caps(config.clone(), ports, caps.clone()).unwrap()
+    rig::machine(caps, config, Arc::clone(outputs) as _).unwrap()
 }
 
 pub fn booted(caps: &HostCaps, config: &MachineConfig, outputs: &Arc<Collected>) -> Machine {
-    let mut machine = machine(caps, config, outputs);
-    machine.boot().unwrap();
-    machine
+    rig::booted(caps, config, Arc::clone(outputs) as _).unwrap()
 }
 
 /// All RAM.
 pub fn ram(machine: &Machine) -> Vec<u8> {
-    let pages: u64 = machine.ram().iter().map(|r| r.pages).sum();
-    let mut all = vec![0; pages as usize * 4096];
-    let mut at = 0;
-    for region in machine.ram() {
-        let len = region.pages as usize * 4096;
-        machine
-            .read_pages(region.start, &mut all[at..at + len])
-            .unwrap();
-        at += len;
-    }
-    all
+    rig::ram(machine).unwrap()
 }
 
 pub fn word(machine: &Machine, address: u64) -> u64 {
-    let mut page = [0; 4096];
-    machine.read_pages(address / 4096, &mut page).unwrap();
-    let at = (address % 4096) as usize;
-    u64::from_le_bytes(page[at..at + 8].try_into().unwrap())
+    rig::word(machine, address).unwrap()
 }
 
 pub fn state(machine: &Machine) -> Vec<u8> {
-    let mut buf = Vec::with_capacity(machine.state_capacity());
-    machine.save(&mut StateWriter::new(&mut buf)).unwrap();
-    buf
+    rig::state(machine).unwrap()
 }
 
 /// A fresh machine that goes on where a paused one is.
@@ -134,7 +94,7 @@ pub fn moved(
     revived(caps, config, outputs, &state(from), &ram(from))
 }
 
-/// A fresh machine from saved state and RAM (one region), ready to start.
+/// A fresh machine from saved state and RAM, ready to start.
 pub fn revived(
     caps: &HostCaps,
     config: &MachineConfig,
@@ -142,11 +102,7 @@ pub fn revived(
     state: &[u8],
     ram: &[u8],
 ) -> Machine {
-    let mut machine = machine(caps, config, outputs);
-    machine.write_pages(0, ram).unwrap();
-    machine.restore(state, Duration::from_millis(1)).unwrap();
-    machine.promote_fixups().unwrap();
-    machine
+    rig::revived(caps, config, Arc::clone(outputs) as _, state, ram).unwrap()
 }
 
 /// Waits until `condition` holds; long enough to mean never when it does not.
@@ -156,22 +112,5 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
         std::thread::sleep(Duration::from_micros(200));
-    }
-}
-
-/// Small deterministic random numbers.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-
-    /// Lets time pass: up to `micros`.
-    pub fn nap(&mut self, micros: u64) {
-        std::thread::sleep(Duration::from_micros(self.below(micros)));
     }
 }

@@ -3,19 +3,23 @@
 
 use std::arch::global_asm;
 
-/// Guest-physical addresses (one cache line per vCPU in each).
+/// Guest-physical address of what each vCPU has counted, one cache line per vCPU.
 pub const COUNTERS: u64 = 0x30_0000;
+/// Where each vCPU's timer ticks are counted, one cache line per vCPU.
 pub const TICKS: u64 = 0x30_1000;
+/// Not zero when the work is done, or when the guest ran on after it should have stopped.
 pub const DONE: u64 = 0x30_2000;
-pub const PARAMS: u64 = 0x30_4000;
-/// What WORK and DIRTY write to.
-pub const ARENA: u64 = 0x80_0000;
-pub const ARENA_LEN: u64 = 0x20_0000;
-/// Offset of the step limit of WORK within the parameters.
+/// Where the guest's parameters are: mode, vCPUs, step limit.
+const PARAMS: u64 = 0x30_4000;
+/// Where the step limit of [`Mode::Work`] is.
 pub const LIMIT: u64 = PARAMS + 16;
+/// What [`Mode::Work`] and [`Mode::Dirty`] write to.
+pub const ARENA: u64 = 0x80_0000;
+/// Bytes of it.
+pub const ARENA_LEN: u64 = 0x20_0000;
 
 /// What the guest does.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Mode {
     /// Every vCPU counts.
@@ -345,7 +349,8 @@ fn tables() -> Vec<u8> {
     bytes
 }
 
-/// The guest as an ELF with a PVH entry note.
+/// The guest as an ELF with a PVH entry note. It stays in memory (70 KB) until the process ends, as
+/// an embedded kernel does.
 pub fn elf(mode: Mode, vcpus: u8, limit: u64) -> &'static [u8] {
     let params: Vec<u8> = [mode as u64, vcpus.into(), limit]
         .iter()
