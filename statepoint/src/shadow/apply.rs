@@ -216,6 +216,8 @@ fn apply<G: ShadowGuest, S: ShadowSink>(
         rx_given: stage.rx_given,
     });
     drop(committed);
+    // Before it counts as applied: a promotion knows what every committed epoch let out.
+    shared.events.applied(stage.epoch, &stage.outputs);
     shared.applied.store(epoch, Ordering::Release);
     Ok(())
 }

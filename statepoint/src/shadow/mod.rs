@@ -58,6 +58,9 @@ pub trait ShadowEvents: Send + Sync {
     /// The first epoch was acknowledged under this generation: this shadow is in sync (rule 23).
     fn confirmed(&self, _epoch: EpochId, _generation: Generation) {}
 
+    /// A committed epoch is applied; what it let out, as records ([`ax_wire::records`]).
+    fn applied(&self, _epoch: EpochId, _outputs: &[u8]) {}
+
     /// The primary was granted this generation.
     fn granted(&self, _generation: Generation) {}
 }

@@ -20,6 +20,7 @@ mod hello;
 mod outside;
 mod parts;
 mod protect;
+mod seen;
 mod selfcheck;
 mod session;
 mod shadowing;

@@ -9,9 +9,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Mutex, RwLock};
 
-use crate::announce::{self, Seen};
+use crate::announce;
 use crate::console::Console;
 use crate::error::Error;
+use crate::seen::Seen;
 use crate::tap::{MAX_FRAME, Tap};
 
 /// One network device's way to the outside.
@@ -86,7 +87,8 @@ impl Taps {
         }
     }
 
-    /// Learns the guest's addresses from one of its frames (also from those it sent elsewhere).
+    /// Learns the guest's addresses from one of its frames, which has left here or, seen by the
+    /// shadow, is of a committed epoch.
     pub fn learn(&self, nic: u8, frame: &[u8]) {
         if let Some(port) = self.ports.get(usize::from(nic)) {
             port.seen.lock().learn(port.mac, frame);

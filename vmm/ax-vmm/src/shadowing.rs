@@ -10,6 +10,7 @@ use ax_link::heartbeat::{Line, LinkEvent, ProgressSource, Sentinel, Timing as Li
 use ax_link::{Incoming, Stream};
 use ax_wire::heartbeat::Progress;
 use ax_wire::peer::PeerMessage;
+use ax_wire::records::{RecordKind, Records};
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::Boottime;
 use statepoint::guest::GuestError;
@@ -20,6 +21,7 @@ use statepoint::shadow::{
 
 use crate::error::Error;
 use crate::guest::EpochGuest;
+use crate::outside::Taps;
 use crate::parts::Parts;
 use crate::session::{self, Gathered};
 
@@ -47,9 +49,18 @@ type Tell = Arc<dyn Fn(Following) + Send + Sync>;
 
 struct Events {
     tell: Tell,
+    taps: Arc<Taps>,
 }
 
 impl ShadowEvents for Events {
+    /// What is announced first after a promotion must be known by then (rule 14).
+    fn applied(&self, _epoch: EpochId, outputs: &[u8]) {
+        Records::new(outputs)
+            .map_while(Result::ok)
+            .filter(|output| output.kind == RecordKind::Frame)
+            .for_each(|frame| self.taps.learn(frame.unit, frame.payload));
+    }
+
     fn copying(&self, received: u64) {
         (self.tell)(Following::Copying(received));
     }
@@ -204,6 +215,7 @@ impl Shadowing {
             setting.from,
             Arc::new(Events {
                 tell: Arc::clone(&tell),
+                taps: Arc::clone(&parts.taps),
             }),
             Arc::new(Boottime),
         );

@@ -21,6 +21,7 @@
 //! As root this works directly; an ordinary user gets the same in a user namespace of their
 //! own, which a process can only enter while it has one thread: see [`isolate`].
 
+mod capture;
 mod cut;
 mod frames;
 mod host;
@@ -30,6 +31,7 @@ mod lab;
 mod netlink;
 mod netns;
 
+pub use capture::{Capture, Captured};
 pub use cut::{Cable, Toward};
 pub use frames::{Filter, FrameCable, Shape};
 pub use host::{Host, KillReport};

@@ -1,0 +1,131 @@
+//! Frames as one interface of a test host sees them.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::NetNs;
+use crate::{Error, Result, panic_text};
+
+/// Most frames kept; a test that needs more filters better.
+const MOST: usize = 100_000;
+
+/// How often the end is looked for, while no frame comes.
+const TICK: libc::timeval = libc::timeval {
+    tv_sec: 0,
+    tv_usec: 20_000,
+};
+
+/// A frame and when it came.
+pub type Captured = (Instant, Vec<u8>);
+
+/// A running capture of one interface.
+#[derive(Debug)]
+pub struct Capture {
+    ending: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<Captured>>,
+}
+
+/// A packet socket (packet(7)) for every frame of the calling thread's `interface`.
+fn packet_socket(interface: &str) -> io::Result<OwnedFd> {
+    let index = nix::net::if_::if_nametoindex(interface)?;
+    let protocol = (libc::ETH_P_ALL as u16).to_be();
+    // SAFETY: takes no pointers; the result is checked.
+    let fd = unsafe {
+        libc::socket(
+            libc::AF_PACKET,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+            i32::from(protocol),
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor has just been made and nobody else has it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: `sockaddr_ll` is plain data for which all-zero is a valid value.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    at.sll_family = libc::AF_PACKET as u16;
+    at.sll_protocol = protocol;
+    at.sll_ifindex = index as i32;
+    let size = size_of_val(&at) as libc::socklen_t;
+    // SAFETY: `at` is a valid address of `size` bytes that outlives the call.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const at).cast(), size) };
+    let tick = TICK;
+    // SAFETY: `tick` is a valid value of this option, of the size given.
+    let timed = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVTIMEO,
+            (&raw const tick).cast(),
+            size_of_val(&tick) as libc::socklen_t,
+        )
+    };
+    if bound < 0 || timed < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(socket)
+}
+
+impl Capture {
+    /// Captures the frames of `interface` in `net` that `wanted` says true to, from the return on.
+    ///
+    /// # Errors
+    /// No such interface, or the kernel refuses.
+    pub fn start(
+        net: &NetNs,
+        interface: &str,
+        wanted: impl Fn(&[u8]) -> bool + Send + 'static,
+    ) -> Result<Capture> {
+        let what = format!("capture frames of {interface} of {}", net.name());
+        let socket = net
+            .run(|| packet_socket(interface))?
+            .map_err(Error::os(what.clone()))?;
+        let ending = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&ending);
+        let capture = move || {
+            let mut found = Vec::new();
+            let mut buffer = vec![0; 1 << 16];
+            loop {
+                // Looked at before reading, so that what came before the end is taken.
+                let last = over.load(Ordering::Acquire);
+                // SAFETY: the buffer is writable for its length.
+                let n = unsafe {
+                    libc::recv(
+                        socket.as_raw_fd(),
+                        buffer.as_mut_ptr().cast(),
+                        buffer.len(),
+                        0,
+                    )
+                };
+                match usize::try_from(n).ok().and_then(|n| buffer.get(..n)) {
+                    Some(frame) if wanted(frame) && found.len() < MOST => {
+                        found.push((Instant::now(), frame.to_vec()));
+                    }
+                    Some(_) => {}
+                    None if last => return found,
+                    None => {}
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("capture".into())
+            .spawn(capture)
+            .map_err(Error::os(what))?;
+        Ok(Capture { ending, thread })
+    }
+
+    /// Ends the capture, and gives what came, in order.
+    ///
+    /// # Errors
+    /// `wanted` panicked.
+    pub fn stop(self) -> Result<Vec<Captured>> {
+        self.ending.store(true, Ordering::Release);
+        let found = self.thread.join();
+        found.map_err(|p| Error::Panicked(panic_text(&*p)))
+    }
+}
