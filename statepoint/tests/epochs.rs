@@ -9,35 +9,11 @@ use std::time::Duration;
 
 use ax_wire::stream::Refusal;
 use ax_wire::{EpochId, Generation};
-use sim::cable::{Fault, Meter, cable};
-use sim::{Pair, Rng, Step, quick, saved_counter, shadow_config, until};
+use sim::cable::{Fault, Meter};
+use sim::{Pair, Rng, Step, connect, quick, saved_counter, shadow_config, until};
 use statepoint::link::LinkError;
 use statepoint::primary::{Ended, PrimaryError};
 use statepoint::shadow::ShadowError;
-
-/// Both engines over one connection, in threads; `while_running` decides when it is over.
-fn connect(
-    pair: &mut Pair,
-    forward: Fault,
-    backward: Fault,
-    meter: &Meter,
-    while_running: impl FnOnce(&dyn Fn() -> bool),
-) -> (Result<Ended, PrimaryError>, ShadowError) {
-    let (a, b) = cable(forward, backward, meter);
-    let close = a.close.clone();
-    std::thread::scope(|scope| {
-        let primary = scope.spawn(|| pair.primary.run(a));
-        let shadow = scope.spawn(|| pair.shadow.run(b));
-        while_running(&|| primary.is_finished() || shadow.is_finished());
-        until("an engine does not end with its connection", || {
-            if shadow.is_finished() || primary.is_finished() {
-                close();
-            }
-            primary.is_finished() && shadow.is_finished()
-        });
-        (primary.join().unwrap(), shadow.join().unwrap())
-    })
-}
 
 fn committed(pair: &Pair) -> u64 {
     pair.primary_handle.progress().acked.0

@@ -27,17 +27,15 @@ pub fn alone() -> MutexGuard<'static, ()> {
 
 /// A site on whose host a the VM `vm` has been started and is protected.
 pub fn protected(spec: SiteSpec, more: &[&str]) -> Site {
+    protected_with_disk("vm.img,size=64M", spec, more)
+}
+
+/// The same with another disk.
+pub fn protected_with_disk(disk: &str, spec: SiteSpec, more: &[&str]) -> Site {
     let site = Site::new(spec).unwrap();
     let cmdline = format!("ip={GUEST}/{}", addr::LAN_PREFIX);
     let mut args = vec!["start", "vm", "--mode", "ft", "--probe", "--memory", "128M"];
-    args.extend([
-        "--disk",
-        "vm.img,size=64M",
-        "--net",
-        "tap=axtap0",
-        "--cmdline",
-        &cmdline,
-    ]);
+    args.extend(["--disk", disk, "--net", "tap=axtap0", "--cmdline", &cmdline]);
     args.extend(more);
     site.run_axvm(Side::A, &args).unwrap();
     site

@@ -54,6 +54,13 @@ pub trait Disk: Send + Sync {
     /// Makes earlier writes durable. May block; called without any device lock.
     fn flush(&self) -> io::Result<()>;
 
+    /// A write that is to be durable when it returns, for a guest that does not flush. May block; called
+    /// without any device lock.
+    fn write_durably(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write(offset, data)?;
+        self.flush()
+    }
+
     /// The write becomes visible to the guest now: records its payload in the open epoch (rule 13).
     /// Called under the device's lock, just before the request is put in the used ring. Never blocks.
     fn write_completed(&self, offset: u64, data: &[u8]);

@@ -1,7 +1,16 @@
 //! The primary's log of disk writes: what the open epoch carries of disks.
 
-use ax_wire::records::{Record, RecordKind, push, record_size};
+use ax_wire::EpochId;
+use ax_wire::records::{FLUSH_AWAITED, Record, RecordKind, push, record_size};
 use parking_lot::{Condvar, Mutex};
+
+/// A FLUSH that waits for the shadow.
+struct Awaited {
+    ticket: u64,
+    /// The epoch that carries it, once sealed. 0 when the initial copy does: the shadow is not in sync
+    /// before that is durable.
+    epoch: Option<EpochId>,
+}
 
 struct Inner {
     /// Records of the open epoch. Never grows beyond its capacity.
@@ -11,9 +20,28 @@ struct Inner {
     /// Bytes that may be used in all; at most the capacity.
     budget: usize,
     recording: bool,
+    /// FLUSHes of disks kept in sync wait for the shadow.
+    mirrored: bool,
+    awaited: Vec<Awaited>,
+    tickets: u64,
+    /// Last epoch durable on the shadow's disks.
+    durable: EpochId,
 }
 
 impl Inner {
+    /// Whether a FLUSH must still wait.
+    fn waits(&self, ticket: u64) -> bool {
+        let found = self.awaited.iter().find(|a| a.ticket == ticket);
+        self.mirrored && found.is_some_and(|a| a.epoch.is_none_or(|epoch| epoch > self.durable))
+    }
+
+    /// The open epoch's records go with `epoch`.
+    fn sealed(&mut self, epoch: EpochId) {
+        for awaited in &mut self.awaited {
+            awaited.epoch.get_or_insert(epoch);
+        }
+    }
+
     fn fits(&self, bytes: usize) -> bool {
         self.open.len() + self.reserved + bytes <= self.budget
     }
@@ -51,6 +79,10 @@ impl WriteLog {
                 reserved: 0,
                 budget,
                 recording: false,
+                mirrored: false,
+                awaited: Vec::new(),
+                tickets: 0,
+                durable: EpochId(0),
             }),
             room: Condvar::new(),
             pressed: Box::new(pressed),
@@ -58,9 +90,13 @@ impl WriteLog {
     }
 
     /// Starts or stops recording. Stopping drops what is recorded and lets waiting writes go on.
+    ///
+    /// From the start on FLUSHes of disks kept in sync wait for the shadow, until
+    /// [`Self::release_flushes`]: a shadow that is lost is still named in the record.
     pub fn record(&self, on: bool) {
         let mut inner = self.inner.lock();
         inner.recording = on;
+        inner.mirrored |= on;
         inner.open.clear();
         self.room.notify_all();
     }
@@ -125,6 +161,63 @@ impl WriteLog {
         }
     }
 
+    /// A FLUSH of a disk kept in sync, durable here already: waits until the shadow has made durable
+    /// every write of this disk that completed before (rule 15). Its record goes with the open epoch,
+    /// which ends soon; its completion belongs to a later one. Returns at once while no shadow is
+    /// protected by.
+    ///
+    /// To be called outside every lock an epoch's capture takes: the epoch it waits for is to come.
+    pub fn flush_on_shadow(&self, unit: u8) {
+        if !self.admit(0) {
+            return; // no log can be too small for it
+        }
+        let mut inner = self.inner.lock();
+        inner.reserved = inner.reserved.saturating_sub(record_size(0));
+        if !inner.mirrored {
+            return;
+        }
+        if inner.recording {
+            let record = Record {
+                kind: RecordKind::DiskFlush,
+                unit,
+                at: FLUSH_AWAITED,
+                payload: &[],
+            };
+            if !push(&mut inner.open, record) {
+                tracing::error!(unit, "disk flush was not admitted");
+            }
+        }
+        inner.tickets += 1;
+        let ticket = inner.tickets;
+        inner.awaited.push(Awaited {
+            ticket,
+            epoch: None,
+        });
+        drop(inner);
+        (self.pressed)();
+        let mut inner = self.inner.lock();
+        while inner.waits(ticket) {
+            self.room.wait(&mut inner);
+        }
+        inner.awaited.retain(|a| a.ticket != ticket);
+    }
+
+    /// The shadow's disks are durable up to `epoch`: FLUSHes that waited for it complete.
+    pub fn durable_on_shadow(&self, epoch: EpochId) {
+        let mut inner = self.inner.lock();
+        inner.durable = inner.durable.max(epoch);
+        if !inner.awaited.is_empty() {
+            self.room.notify_all();
+        }
+    }
+
+    /// No FLUSH waits for a shadow any more, until recording starts again. Only when the arbiter's
+    /// record lets this process run the guest alone, or the guest does not run here any more.
+    pub fn release_flushes(&self) {
+        self.inner.lock().mirrored = false;
+        self.room.notify_all();
+    }
+
     /// Puts a piece of the image itself in the log if it fits now; false if it does not.
     #[must_use]
     pub(crate) fn bulk(&self, unit: u8, at: u64, data: &[u8]) -> bool {
@@ -151,11 +244,17 @@ impl WriteLog {
         self.len() == 0
     }
 
-    /// Ends the open epoch's records: swaps them with `out`, which is emptied first and must have
-    /// the log's capacity (kept by swapping the same buffers round).
+    /// Ends the records that go with the initial copy: swaps them with `out`, which is emptied first
+    /// and must have the log's capacity (kept by swapping the same buffers round).
     pub fn seal(&self, out: &mut Vec<u8>) {
+        self.seal_epoch(EpochId(0), out);
+    }
+
+    /// Ends the open epoch's records, as [`Self::seal`]: they go with `epoch`.
+    pub fn seal_epoch(&self, epoch: EpochId, out: &mut Vec<u8>) {
         out.clear();
         let mut inner = self.inner.lock();
+        inner.sealed(epoch);
         let budget = inner.budget;
         if out.capacity() < budget {
             out.reserve_exact(budget);
@@ -208,6 +307,79 @@ mod tests {
             !log.admit(5000),
             "a write beyond the whole budget can never fit"
         );
+    }
+
+    /// A log, and FLUSHes of it that wait: each begun when this returns.
+    fn waiting(flushes: usize) -> (Arc<WriteLog>, Vec<std::thread::JoinHandle<()>>) {
+        let (tell, told) = std::sync::mpsc::channel();
+        let log = Arc::new(WriteLog::new(4096, move || {
+            let _ = tell.send(());
+        }));
+        log.record(true);
+        assert!(log.admit(100));
+        log.completed(0, 7, &[7; 100]);
+        let flush = |_| {
+            let log = Arc::clone(&log);
+            let thread = std::thread::spawn(move || log.flush_on_shadow(0));
+            told.recv().unwrap();
+            thread
+        };
+        let threads = (0..flushes).map(flush).collect();
+        (log, threads)
+    }
+
+    /// Whether it still waits, after a time in which one that need not would have returned.
+    fn waits(flush: &std::thread::JoinHandle<()>) -> bool {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        !flush.is_finished()
+    }
+
+    fn kinds(records: &[u8]) -> Vec<(RecordKind, u64)> {
+        let records = Records::new(records).map(|r| r.unwrap());
+        records.map(|r| (r.kind, r.at)).collect()
+    }
+
+    #[test]
+    fn a_flush_kept_in_sync_waits_until_its_epoch_is_durable_on_the_shadow() {
+        let (log, mut flushes) = waiting(1);
+        let flush = flushes.pop().unwrap();
+        let mut buf = Vec::new();
+        log.durable_on_shadow(EpochId(4));
+        assert!(waits(&flush), "its epoch has not even ended");
+        log.seal_epoch(EpochId(5), &mut buf);
+        let expected = [
+            (RecordKind::DiskWrite, 7),
+            (RecordKind::DiskFlush, FLUSH_AWAITED),
+        ];
+        assert_eq!(kinds(&buf), expected);
+        log.seal_epoch(EpochId(6), &mut buf);
+        assert_eq!(kinds(&buf), []);
+        log.durable_on_shadow(EpochId(4));
+        assert!(waits(&flush), "an earlier epoch is durable");
+        log.durable_on_shadow(EpochId(5));
+        flush.join().unwrap();
+    }
+
+    #[test]
+    fn a_flush_that_goes_with_the_initial_copy_need_not_wait() {
+        let (log, mut flushes) = waiting(1);
+        log.seal(&mut Vec::new());
+        flushes.pop().unwrap().join().unwrap();
+    }
+
+    #[test]
+    fn flushes_outlast_a_lost_shadow_until_the_guest_may_run_alone() {
+        let (log, mut flushes) = waiting(2);
+        log.seal_epoch(EpochId(5), &mut Vec::new());
+        log.record(false);
+        let late = Arc::clone(&log);
+        flushes.push(std::thread::spawn(move || late.flush_on_shadow(0)));
+        for flush in &flushes {
+            assert!(waits(flush), "the record still names the shadow");
+        }
+        log.release_flushes();
+        flushes.into_iter().for_each(|f| f.join().unwrap());
+        log.flush_on_shadow(0);
     }
 
     #[test]

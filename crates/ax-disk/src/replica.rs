@@ -2,10 +2,10 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use ax_wire::records::{RecordError, RecordKind, Records};
+use ax_wire::records::{FLUSH_AWAITED, RecordError, RecordKind, Records};
 use ax_wire::{EpochId, Generation};
 use parking_lot::{Condvar, Mutex};
 
@@ -57,6 +57,8 @@ struct Shared {
     changed: Condvar,
     /// Epochs that may wait to be applied before [`Replica::committed`] blocks.
     backlog: usize,
+    /// Told of an epoch whose FLUSH the primary waits for.
+    on_durable: OnceLock<Box<dyn Fn(EpochId) + Send + Sync>>,
 }
 
 /// All disks of one VM on the shadow's side.
@@ -71,9 +73,18 @@ impl std::fmt::Debug for Replica {
     }
 }
 
-/// Applies one epoch's records in order; true if it ended durable (its last record a FLUSH).
-fn apply(disks: &[Arc<Image>], records: &[u8]) -> Result<bool, ApplyError> {
-    let mut durable = false;
+/// What applying records has come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Applied {
+    /// They ended durable: the last record was a FLUSH, or one was awaited.
+    durable: bool,
+    /// The primary waits for a FLUSH among them.
+    awaited: bool,
+}
+
+/// Applies one epoch's records in order.
+fn apply(disks: &[Arc<Image>], records: &[u8]) -> Result<Applied, ApplyError> {
+    let mut applied = Applied::default();
     for record in Records::new(records) {
         let record = record?;
         let disk = disks.get(usize::from(record.unit));
@@ -94,9 +105,27 @@ fn apply(disks: &[Arc<Image>], records: &[u8]) -> Result<bool, ApplyError> {
             RecordKind::DiskFlush => disk.flush().map_err(failed)?,
             _ => return Err(unknown),
         }
-        durable = record.kind == RecordKind::DiskFlush;
+        applied.durable = record.kind == RecordKind::DiskFlush;
+        applied.awaited |= applied.durable && record.at == FLUSH_AWAITED;
     }
-    Ok(durable)
+    if applied.awaited {
+        // Durable is told by epoch: other disks' writes and what came after the FLUSH are in it too.
+        each(disks, Image::flush)?;
+        applied.durable = true;
+    }
+    Ok(applied)
+}
+
+fn each(disks: &[Arc<Image>], act: impl Fn(&Image) -> io::Result<()>) -> Result<(), ApplyError> {
+    disks
+        .iter()
+        .filter(|d| !d.read_only())
+        .try_for_each(|disk| {
+            act(disk).map_err(|source| ApplyError::Image {
+                path: disk.path().to_path_buf(),
+                source,
+            })
+        })
 }
 
 fn run(shared: &Shared) {
@@ -115,12 +144,17 @@ fn run(shared: &Shared) {
         work = shared.work.lock();
         work.busy = false;
         match result {
-            Ok(durable) => {
+            Ok(applied) => {
                 work.applied = epoch;
-                if durable {
+                if applied.durable {
                     work.durable = epoch;
                 }
                 work.spare.push(records);
+                if let (true, Some(tell)) = (applied.awaited, shared.on_durable.get()) {
+                    drop(work);
+                    tell(epoch);
+                    work = shared.work.lock();
+                }
             }
             Err(error) => {
                 tracing::error!(%error, "applying an epoch's disk writes");
@@ -154,6 +188,7 @@ impl Replica {
             work: Mutex::new(work),
             changed: Condvar::new(),
             backlog,
+            on_durable: OnceLock::new(),
         });
         let thread = std::thread::Builder::new()
             .name("disk-replica".into())
@@ -166,6 +201,12 @@ impl Replica {
             shared,
             thread: Some(thread),
         })
+    }
+
+    /// Sets who is told, by the applying thread, of each durable epoch with a FLUSH that the primary
+    /// waits for. Set once.
+    pub fn on_durable(&self, tell: impl Fn(EpochId) + Send + Sync + 'static) {
+        let _ = self.shared.on_durable.set(Box::new(tell));
     }
 
     /// Starts a full resync: every image is durably inconsistent and then all zeros.
@@ -242,16 +283,7 @@ impl Replica {
     }
 
     fn each(&self, act: impl Fn(&Image) -> io::Result<()>) -> Result<(), ApplyError> {
-        self.shared
-            .disks
-            .iter()
-            .filter(|d| !d.read_only())
-            .try_for_each(|disk| {
-                act(disk).map_err(|source| ApplyError::Image {
-                    path: disk.path().to_path_buf(),
-                    source,
-                })
-            })
+        each(&self.shared.disks, act)
     }
 
     /// Applies every committed epoch and makes it durable. Must have returned before the arbiter is
@@ -349,6 +381,38 @@ mod tests {
         image.read(512, &mut sector).unwrap();
         assert_eq!(sector, [50; 512]);
         assert_eq!(image.meta().lock().generation(), Generation(7));
+    }
+
+    #[test]
+    fn an_epoch_with_an_awaited_flush_is_durable_and_told_whatever_follows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let disks = vec![
+            Arc::new(fresh(dir.path(), "a")),
+            Arc::new(fresh(dir.path(), "b")),
+        ];
+        let replica = Replica::new(disks, 2).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        replica.on_durable(move |epoch| tell.send(epoch).unwrap());
+        let record = |kind, unit, at, payload: &'static [u8]| Record {
+            kind,
+            unit,
+            at,
+            payload,
+        };
+        // Nobody waits for this one.
+        replica.committed(EpochId(1), &mut write(0, 0, 1)).unwrap();
+        let mut records = Vec::with_capacity(4096);
+        for next in [
+            record(RecordKind::DiskWrite, 0, 512, &[2; 512]),
+            record(RecordKind::DiskFlush, 0, FLUSH_AWAITED, &[]),
+            record(RecordKind::DiskWrite, 1, 0, &[3; 512]),
+        ] {
+            assert!(push(&mut records, next));
+        }
+        replica.committed(EpochId(2), &mut records).unwrap();
+        assert_eq!(told.recv().unwrap(), EpochId(2));
+        assert_eq!(replica.progress(), (EpochId(2), EpochId(2)));
+        assert!(told.try_recv().is_err());
     }
 
     #[test]

@@ -11,7 +11,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes, littl
 pub enum RecordKind {
     /// Bytes written to disk `unit` at byte offset `at`.
     DiskWrite = 1,
-    /// A completed FLUSH of disk `unit`: earlier writes before later ones. No payload.
+    /// A FLUSH of disk `unit`: earlier writes before later ones. No payload. `at` is
+    /// [`FLUSH_AWAITED`] when the guest has not been told that it is done.
     DiskFlush = 2,
     /// A frame sent by network device `unit`; `at` numbers outputs.
     Frame = 3,
@@ -26,6 +27,10 @@ pub enum RecordKind {
     /// A frame received for network device `unit`; `at` is its sequence number (rule 7).
     Received = 8,
 }
+
+/// Place of a FLUSH that completes only once the shadow has made it durable
+/// (`disk.secondary = sync`); that of any other is 0.
+pub const FLUSH_AWAITED: u64 = 1;
 
 /// What precedes each record's payload.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]

@@ -19,6 +19,7 @@ pub mod net;
 pub mod product;
 pub mod site;
 pub mod skip;
+pub mod thread_stop;
 
 use std::io;
 

@@ -102,9 +102,9 @@ fn step(
                 shared.release(stamp);
                 events.committed(header.epoch);
             }
-            note(shared, &progress);
+            note(shared, events, &progress);
         }
-        FrameKind::Applied => note(shared, &stream::body(header.kind, payload)?),
+        FrameKind::Applied => note(shared, events, &stream::body(header.kind, payload)?),
         FrameKind::Answer => {
             let answer: Nonce = stream::body(header.kind, payload)?;
             let mut question = shared.question.lock();
@@ -124,12 +124,12 @@ fn step(
     Ok(None)
 }
 
-fn note(shared: &Shared, progress: &Progress) {
+fn note(shared: &Shared, events: &dyn PrimaryEvents, progress: &Progress) {
     let acked = shared.acked.load(Ordering::Acquire);
-    for (at, value) in [
-        (&shared.applied, progress.applied.get()),
-        (&shared.durable, progress.durable.get()),
-    ] {
-        at.fetch_max(value.min(acked), Ordering::AcqRel);
+    let applied = progress.applied.get().min(acked);
+    shared.applied.fetch_max(applied, Ordering::AcqRel);
+    let durable = progress.durable.get().min(acked);
+    if shared.durable.fetch_max(durable, Ordering::AcqRel) < durable {
+        events.durable(EpochId(durable));
     }
 }

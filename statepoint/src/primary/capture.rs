@@ -92,7 +92,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             return self.undo(error);
         }
         // Nothing fails from here on.
-        self.source.seal(&mut slot.disk);
+        self.source.seal(slot.epoch, &mut slot.disk);
         slot.rx_given = self.source.rx_given();
         self.next = slot.epoch.next();
         self.failures = 0;

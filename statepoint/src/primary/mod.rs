@@ -39,9 +39,9 @@ pub trait EpochSource: Send {
     /// Bytes of disk records in the open epoch, for the running count (rule 2).
     fn disk_bytes(&self) -> usize;
 
-    /// Ends the open epoch: `records` is replaced by its disk records (swap buffers, do not allocate).
-    /// The guest is paused and nothing of the capture can fail any more.
-    fn seal(&mut self, records: &mut Vec<u8>);
+    /// Ends the open epoch, `epoch`: `records` is replaced by its disk records (swap buffers, do not
+    /// allocate). The guest is paused and nothing of the capture can fail any more.
+    fn seal(&mut self, epoch: EpochId, records: &mut Vec<u8>);
 
     /// Received frames the guest has been given so far, per network device (rule 7). The guest is
     /// paused.
@@ -62,6 +62,9 @@ pub trait PrimaryEvents: Send + Sync {
 
     /// An epoch is committed and its outputs were offered for release. From the reading thread.
     fn committed(&self, _epoch: EpochId) {}
+
+    /// The shadow's disks are durable up to this epoch, which is committed. From the reading thread.
+    fn durable(&self, _epoch: EpochId) {}
 
     /// A capture failed and was undone (I6); the engine tries again.
     fn capture_failed(&self, _error: &CaptureError) {}

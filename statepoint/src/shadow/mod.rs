@@ -282,6 +282,16 @@ impl ShadowHandle {
         progress.applied < progress.staged && !self.shared.verifying.load(Ordering::Acquire)
     }
 
+    /// The disks are durable up to `epoch`, and the primary waits to hear it. For the disks' own thread.
+    pub fn tell_durable(&self, epoch: EpochId) {
+        let shared = &self.shared;
+        shared.durable.fetch_max(epoch.0, Ordering::AcqRel);
+        let staged = EpochId(shared.staged.load(Ordering::Acquire));
+        shared
+            .backward
+            .applied(shared.me(), staged, shared.progress());
+    }
+
     /// The generation the stream is in.
     pub fn generation(&self) -> Generation {
         self.shared.primary().generation

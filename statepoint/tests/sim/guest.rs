@@ -316,7 +316,7 @@ impl EpochSource for Source {
         self.0.lock().disk_log.len()
     }
 
-    fn seal(&mut self, records: &mut Vec<u8>) {
+    fn seal(&mut self, _: EpochId, records: &mut Vec<u8>) {
         records.clear();
         records.reserve(1 << 20);
         std::mem::swap(records, &mut self.0.lock().disk_log);
@@ -367,9 +367,12 @@ impl ShadowGuest for Copy {
     }
 }
 
-/// The shadow's disk.
+/// The shadow's disk, and the last epoch it may call durable; none: every one at once.
 #[derive(Clone, Default)]
-pub struct Disk(pub Arc<Mutex<(Vec<u8>, u64, bool)>>);
+pub struct Disk(
+    pub Arc<Mutex<(Vec<u8>, u64, bool)>>,
+    pub Arc<Mutex<Option<u64>>>,
+);
 
 fn write_records(disk: &mut [u8], records: &[u8]) {
     for record in Records::new(records) {
@@ -404,7 +407,8 @@ impl ShadowSink for Disk {
     }
 
     fn durable(&self) -> EpochId {
-        EpochId(self.0.lock().1)
+        let most = self.1.lock().unwrap_or(u64::MAX);
+        EpochId(self.0.lock().1.min(most))
     }
 }
 

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use cable::{Fault, Meter, cable};
+
 use ax_wire::record::{Arbiter, Flush, Member, Record as PairRecord, State};
 use ax_wire::state::StateReader;
 use ax_wire::{EpochId, Generation, Incarnation, PairId, Session, Side};
@@ -22,10 +24,11 @@ use io_barrier::{Barrier, BarrierConfig, Boottime, FtGrant, ShadowOutputs, SoloG
 use parking_lot::Mutex;
 use statepoint::guest::Guest;
 use statepoint::primary::{
-    PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle, Start,
+    Ended, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle, Start,
 };
 use statepoint::shadow::{
-    CommittedState, Inheritance, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle,
+    CommittedState, Inheritance, ShadowConfig, ShadowEngine, ShadowError, ShadowEvents,
+    ShadowHandle,
 };
 
 pub const A: Member = Member {
@@ -73,6 +76,7 @@ pub struct Enter {
     pub handle: Mutex<Option<PrimaryHandle>>,
     pub confirmed: AtomicU64,
     pub failed_captures: AtomicU64,
+    pub durable: AtomicU64,
 }
 
 impl PrimaryEvents for Enter {
@@ -82,6 +86,11 @@ impl PrimaryEvents for Enter {
         if let Some(handle) = &*self.handle.lock() {
             handle.granted(Generation(2));
         }
+    }
+
+    fn durable(&self, epoch: EpochId) {
+        let before = self.durable.swap(epoch.0, Ordering::SeqCst);
+        assert!(before < epoch.0, "durable epochs only grow");
     }
 
     fn capture_failed(&self, _: &statepoint::primary::CaptureError) {
@@ -164,6 +173,7 @@ impl Pair {
             handle: Mutex::new(None),
             confirmed: AtomicU64::new(0),
             failed_captures: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
         });
         let (engine, primary_handle) = PrimaryEngine::new(
             primary,
@@ -363,4 +373,28 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
         }
         std::thread::sleep(Duration::from_micros(200));
     }
+}
+
+/// Both engines over one connection, in threads; `while_running` decides when it is over.
+pub fn connect(
+    pair: &mut Pair,
+    forward: Fault,
+    backward: Fault,
+    meter: &Meter,
+    while_running: impl FnOnce(&dyn Fn() -> bool),
+) -> (Result<Ended, PrimaryError>, ShadowError) {
+    let (a, b) = cable(forward, backward, meter);
+    let close = a.close.clone();
+    std::thread::scope(|scope| {
+        let primary = scope.spawn(|| pair.primary.run(a));
+        let shadow = scope.spawn(|| pair.shadow.run(b));
+        while_running(&|| primary.is_finished() || shadow.is_finished());
+        until("an engine does not end with its connection", || {
+            if shadow.is_finished() || primary.is_finished() {
+                close();
+            }
+            primary.is_finished() && shadow.is_finished()
+        });
+        (primary.join().unwrap(), shadow.join().unwrap())
+    })
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ax_disk::{Image, WriteLog};
 use vmm::ports::Disk;
@@ -15,6 +16,10 @@ pub struct MirroredDisk {
     pub image: Arc<Image>,
     /// Where completed writes are recorded.
     pub log: Arc<WriteLog>,
+    /// FLUSH completes when durable on both hosts (rule 15), not only here.
+    pub sync: bool,
+    /// The write in hand is in the log already, before its completion (rule 13: no later than that).
+    pub recorded: AtomicBool,
 }
 
 impl Disk for MirroredDisk {
@@ -31,6 +36,8 @@ impl Disk for MirroredDisk {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        // The mark of one that was never completed is not this one's.
+        self.recorded.store(false, Ordering::Relaxed);
         if !self.log.admit(data.len()) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -43,14 +50,115 @@ impl Disk for MirroredDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.image.flush()
+        self.image.flush()?;
+        if self.sync {
+            self.log.flush_on_shadow(self.unit);
+        }
+        Ok(())
+    }
+
+    fn write_durably(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write(offset, data)?;
+        if self.sync {
+            // What the shadow is to make durable must be on its way to it.
+            self.log.completed(self.unit, offset, data);
+            self.recorded.store(true, Ordering::Relaxed);
+        }
+        self.flush()
     }
 
     fn write_completed(&self, offset: u64, data: &[u8]) {
-        self.log.completed(self.unit, offset, data);
+        if !self.recorded.swap(false, Ordering::Relaxed) {
+            self.log.completed(self.unit, offset, data);
+        }
     }
 
     fn flush_completed(&self) {
-        self.log.flushed(self.unit);
+        // Where FLUSHes wait for the shadow, each is in the log since it was asked for.
+        if !self.sync {
+            self.log.flushed(self.unit);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ax_wire::records::{RecordKind, Records};
+    use ax_wire::{EpochId, PairId};
+
+    const SIZE: u64 = 1 << 20;
+
+    fn disk(dir: &std::path::Path, sync: bool) -> MirroredDisk {
+        let path = dir.join("image");
+        std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+        let image = Image::open(&path, &dir.join("meta"), PairId([1; 16]), SIZE, false);
+        MirroredDisk {
+            unit: 0,
+            image: Arc::new(image.unwrap()),
+            log: Arc::new(WriteLog::new(1 << 16, || {})),
+            sync,
+            recorded: AtomicBool::new(false),
+        }
+    }
+
+    fn sealed(disk: &MirroredDisk, epoch: u64) -> Vec<(RecordKind, u64)> {
+        let mut buf = Vec::new();
+        disk.log.seal_epoch(EpochId(epoch), &mut buf);
+        let records = Records::new(&buf).map(|r| r.unwrap());
+        records.map(|r| (r.kind, r.at)).collect()
+    }
+
+    #[test]
+    fn without_sync_nothing_waits_and_a_flush_is_recorded_when_it_completes() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = disk(dir.path(), false);
+        disk.log.record(true);
+        disk.write(0, &[1; 512]).unwrap();
+        disk.write_completed(0, &[1; 512]);
+        disk.flush().unwrap();
+        assert_eq!(sealed(&disk, 1), [(RecordKind::DiskWrite, 0)]);
+        disk.flush_completed();
+        assert_eq!(sealed(&disk, 2), [(RecordKind::DiskFlush, 0)]);
+    }
+
+    /// Rule 15 for a guest that does not flush: its write is on its way before it waits, and once.
+    #[test]
+    fn a_durable_write_kept_in_sync_travels_before_its_completion_and_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Arc::new(disk(dir.path(), true));
+        disk.log.record(true);
+        let writer = Arc::clone(&disk);
+        let write = std::thread::spawn(move || writer.write_durably(512, &[1; 512]));
+        let mut records = Vec::new();
+        while records.len() < 2 {
+            records.extend(sealed(&disk, 3));
+        }
+        assert_eq!(
+            records,
+            [(RecordKind::DiskWrite, 512), (RecordKind::DiskFlush, 1)]
+        );
+        assert!(!write.is_finished(), "the shadow has said nothing");
+        disk.log.durable_on_shadow(EpochId(3));
+        write.join().unwrap().unwrap();
+        disk.write_completed(512, &[1; 512]);
+        disk.flush_completed();
+        assert_eq!(sealed(&disk, 4), []);
+        // The next one is recorded as ever.
+        disk.write(0, &[2; 512]).unwrap();
+        disk.write_completed(0, &[2; 512]);
+        assert_eq!(sealed(&disk, 5), [(RecordKind::DiskWrite, 0)]);
+    }
+
+    /// A request that nobody saw completed leaves no mark on the next.
+    #[test]
+    fn a_durable_write_that_was_never_completed_hides_no_later_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = disk(dir.path(), true);
+        disk.write_durably(0, &[1; 512]).unwrap();
+        disk.log.record(true);
+        disk.write(512, &[2; 512]).unwrap();
+        disk.write_completed(512, &[2; 512]);
+        assert_eq!(sealed(&disk, 1), [(RecordKind::DiskWrite, 512)]);
     }
 }

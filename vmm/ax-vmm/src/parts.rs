@@ -1,9 +1,10 @@
 //! Everything that lives as long as the process, whatever its role: made once, wired once.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use ax_api::process::{Arbiter, Security as SecuritySpec, Spec};
-use ax_api::vm::{Boot, DirtySource};
+use ax_api::vm::{Boot, DirtySource, Secondary};
 use ax_disk::{Image, WriteLog};
 use ax_link::{AddressPair, Connector, HostName, Identity, Security, TrustStore};
 use ax_wire::records::{Record, RecordKind};
@@ -215,10 +216,13 @@ impl Parts {
         let barrier = Arc::new(Barrier::new(config, Box::new(sink), Arc::new(Boottime)));
         let disk = |(unit, image): (usize, &Arc<Image>)| {
             let (image, log) = (Arc::clone(image), Arc::clone(&log));
+            let secondary = spec.vm.disks.get(unit).map(|disk| disk.secondary);
             Arc::new(MirroredDisk {
                 unit: unit as u8,
                 image,
                 log,
+                sync: secondary == Some(Secondary::Sync),
+                recorded: AtomicBool::new(false),
             }) as Arc<dyn Disk>
         };
         let ports = Ports {
@@ -293,6 +297,14 @@ impl Parts {
             give(&handle, nic, frame);
         };
         self.taps.receive(deliver).map_err(Error::Thread)
+    }
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        // A disk's thread may wait for a shadow: the machine's end waits for that thread. Nobody sees the
+        // request complete.
+        self.log.release_flushes();
     }
 }
 

@@ -58,6 +58,7 @@ type Tell = Arc<dyn Fn(Protecting) + Send + Sync>;
 
 struct Events {
     tell: Tell,
+    log: Arc<WriteLog>,
 }
 
 impl PrimaryEvents for Events {
@@ -71,6 +72,10 @@ impl PrimaryEvents for Events {
 
     fn confirmed(&self, _epoch: EpochId) {
         (self.tell)(Protecting::Confirmed);
+    }
+
+    fn durable(&self, epoch: EpochId) {
+        self.log.durable_on_shadow(epoch);
     }
 }
 
@@ -121,8 +126,8 @@ impl EpochSource for Source {
         self.log.len()
     }
 
-    fn seal(&mut self, records: &mut Vec<u8>) {
-        self.log.seal(records);
+    fn seal(&mut self, epoch: EpochId, records: &mut Vec<u8>) {
+        self.log.seal_epoch(epoch, records);
     }
 
     fn rx_given(&self) -> RxCounts {
@@ -266,6 +271,7 @@ impl Protection {
         let shadow = config.shadow;
         let events = Arc::new(Events {
             tell: Arc::clone(&tell),
+            log: Arc::clone(&parts.log),
         });
         let (mut engine, handle) = PrimaryEngine::new(
             config,
@@ -413,6 +419,8 @@ impl Protection {
             let _ = thread.join();
         }
         parts.log.record(false);
+        // Whoever runs the guest now issues them again (rule 13).
+        parts.log.release_flushes();
         Some(HandedOver {
             committed: committed?,
             sentinel: self.sentinel.take()?,

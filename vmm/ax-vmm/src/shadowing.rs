@@ -219,6 +219,8 @@ impl Shadowing {
             }),
             Arc::new(Boottime),
         );
+        let durable = handle.clone();
+        replica.on_durable(move |epoch| durable.tell_durable(epoch));
         let me = Session {
             incarnation: setting.me,
             ..primary

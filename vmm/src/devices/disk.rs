@@ -260,10 +260,8 @@ impl DiskDevice {
         let data = job.data.get_mut(..job.len).unwrap_or_default();
         match job.op {
             Op::Read => self.disk.read(job.offset, data),
-            Op::Write { through } => {
-                self.disk.write(job.offset, data)?;
-                if through { self.disk.flush() } else { Ok(()) }
-            }
+            Op::Write { through: false } => self.disk.write(job.offset, data),
+            Op::Write { through: true } => self.disk.write_durably(job.offset, data),
             Op::Flush => self.disk.flush(),
         }
     }

@@ -66,6 +66,7 @@ impl Conductor {
                     Some(protection) => protection.end(&self.parts, false, Parked::GoesOn),
                     None => self.stop_turning(),
                 }
+                self.parts.log.release_flushes();
             }
             Action::ParkForGood => return self.park_for_good(),
             Action::Unpark => self.unpark(),
