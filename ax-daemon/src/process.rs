@@ -181,11 +181,14 @@ impl Process {
         match tokio::time::timeout(START_PATIENCE, process.first_answer()).await {
             Ok(Ok(status)) => {
                 process.incarnation = status.incarnation;
-                if let Err(e) = process.write_down(&places.pid_file) {
-                    process.kill_and_wait().await;
-                    return Err(failed("writing its pid down", &e));
+                let Err(e) = process.write_down(&places.pid_file) else {
+                    return Ok(process);
+                };
+                match process.kill_and_wait().await {
+                    // It answered, then found something missing: that is the news.
+                    Exit::Status(_) => Err(process.why_it_ended()),
+                    _ => Err(failed("writing its pid down", &e)),
                 }
-                Ok(process)
             }
             Ok(Err(failure)) => Err(failure),
             Err(_) => {
