@@ -185,6 +185,9 @@ impl Daemon {
                 }
                 journal.end();
                 self.unmark_stopped(&vm.name);
+                if made.defined {
+                    self.share_now(tell).await;
+                }
                 self.events.note(Some(&vm.name), format!("started: {text}"));
                 Ok(text)
             }
