@@ -414,7 +414,7 @@ fn has_memory(wanted: u64) -> Result<(), Failure> {
         Some(available) if available < wanted => Err(Failure::new(
             Code::Memory,
             format!(
-                "not enough memory: {} MiB wanted, {} MiB available",
+                "not enough memory: {} MiB wanted, {} MiB available; give the VM less, or make room",
                 wanted >> 20,
                 available >> 20
             ),

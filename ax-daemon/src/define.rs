@@ -46,7 +46,9 @@ pub fn resolve(new: &NewVm, known: Option<&Vm>, config: &Config) -> Result<Vm, F
         let size = match (disk.size, before) {
             (Some(size), _) => size.0,
             (None, Some(before)) => before.size,
-            (None, None) => size_of(&config.image_path(&disk.path))?,
+            (None, None) => {
+                size_of(&config.image_path(&disk.path)).map_err(|f| f.at(&config.name))?
+            }
         };
         disks.push(Disk {
             path: disk.path.clone(),

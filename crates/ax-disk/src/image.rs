@@ -23,7 +23,8 @@ pub enum OpenError {
         source: io::Error,
     },
     /// Another process has it open.
-    #[error("disk image {path} is in use by another process", path = path.display())]
+    #[error("disk image {path} is in use by another process: stop what uses it, or name another image",
+        path = path.display())]
     InUse {
         /// The image.
         path: PathBuf,

@@ -56,7 +56,7 @@ impl Error {
     /// The exit code: what kind of thing was wrong.
     pub fn code(&self) -> u8 {
         match self {
-            Error::Spec { .. } => 2,
+            Error::Spec { .. } | Error::Machine(vmm::Error::Config(_) | vmm::Error::Boot(_)) => 2,
             Error::Machine(vmm::Error::NoKvm(_) | vmm::Error::Missing(_)) => 3,
             Error::Machine(vmm::Error::Ram { .. }) => 6,
             Error::Machine(_) | Error::Thread(_) => 1,

@@ -189,7 +189,10 @@ pub(crate) fn load(
     let mut image = Reader::open("kernel", kernel)?;
     let mut magic = [0u8; 4];
     let read = image.read_exact(&mut magic).and_then(|()| image.rewind());
-    read.map_err(|source| image.error("kernel", source))?;
+    read.map_err(|source| match source.kind() {
+        io::ErrorKind::UnexpectedEof => BootError::NotAKernel { path: image.path() },
+        _ => image.error("kernel", source),
+    })?;
     let load = Load {
         memory,
         map: &map,
