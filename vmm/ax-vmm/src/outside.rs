@@ -24,6 +24,16 @@ struct Port {
     seen: Mutex<Seen>,
 }
 
+impl Port {
+    fn try_open(&self, nic: usize) -> Result<Tap, Error> {
+        Tap::open(&self.tap).map_err(|source| Error::Tap {
+            nic,
+            tap: self.tap.clone(),
+            source,
+        })
+    }
+}
+
 /// The taps of one VM: closed until this side runs the guest.
 #[derive(Debug)]
 pub struct Taps {
@@ -61,12 +71,20 @@ impl Taps {
         for (nic, port) in self.ports.iter().enumerate() {
             let mut open = port.open.write();
             if open.is_none() {
-                let tap = Tap::open(&port.tap).map_err(|source| Error::Tap {
-                    nic,
-                    tap: port.tap.clone(),
-                    source,
-                })?;
-                *open = Some(Arc::new(tap));
+                *open = Some(Arc::new(port.try_open(nic)?));
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds out whether every tap could be opened, and leaves those that are not open closed.
+    ///
+    /// # Errors
+    /// The first that can't be opened, by name.
+    pub fn try_out(&self) -> Result<(), Error> {
+        for (nic, port) in self.ports.iter().enumerate() {
+            if port.open.read().is_none() {
+                drop(port.try_open(nic)?);
             }
         }
         Ok(())

@@ -32,6 +32,9 @@ impl Conductor {
                 .try_for_each(|image| image.require_consistent())?;
             self.parts.taps.open()?;
             self.parts.machine.lock().boot()?;
+        } else {
+            // A shadow that can't open its taps could never take over.
+            self.parts.taps.try_out()?;
         }
         if self.spec.peer.is_some() {
             self.listen()?;
