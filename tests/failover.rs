@@ -5,10 +5,7 @@
 
 mod common;
 
-use std::time::Duration;
-
-use common::{Clients, GUEST, QUIET, alone, eventually, protected};
-use probe_guest::port;
+use common::{Clients, QUIET, alone, eventually, protected};
 use testkit::site::{Side, SiteSpec};
 use testkit::{require_kvm, require_lab};
 
@@ -109,41 +106,4 @@ fn a_shadow_lost_during_a_planned_failover_leaves_the_guest_running() {
     assert!(!asked.wait().unwrap().success(), "it did not fail over");
     assert_eq!(site.primary(Side::A, "vm").unwrap(), Some(Side::A));
     clients.are_content();
-}
-
-#[test]
-fn redis_benchmark_runs_across_a_failover_without_an_error() {
-    require_kvm!();
-    require_lab!();
-    let _alone = alone();
-    let site = protected(SiteSpec::default(), &[]);
-    let port = port::RESP.to_string();
-    let guest = GUEST.to_string();
-    let mut benchmark = site.lab.client.command("redis-benchmark");
-    benchmark.args(["-h", &guest, "-p", &port, "-c", "20", "-n", "200000", "-q"]);
-    benchmark.args(["-t", "set,get,incr"]);
-    let mut running = benchmark
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(Duration::from_secs(3));
-    assert!(
-        running.try_wait().unwrap().is_none(),
-        "it ended before the failover"
-    );
-    site.host(Side::A).kill_all().unwrap();
-    assert!(
-        running.try_wait().unwrap().is_none(),
-        "it ended before the failover"
-    );
-    let done = running.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "{said}");
-    assert!(!said.to_lowercase().contains("error"), "{said}");
-    for test in ["SET", "GET", "INCR"] {
-        assert!(said.contains(&format!("{test}: ")), "{said}");
-    }
-    assert_eq!(site.primary(Side::B, "vm").unwrap(), Some(Side::B));
 }

@@ -2,7 +2,10 @@
 
 #![allow(dead_code, reason = "every test file uses another part of it")]
 
+pub mod talk;
+
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -23,6 +26,15 @@ pub fn alone() -> MutexGuard<'static, ()> {
     static ONE: Mutex<()> = Mutex::new(());
     ONE.lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A site that takes a machine busy with other things for what it is: nobody is declared dead for
+/// having been slow. For tests in which processes die, which is noticed at once all the same.
+pub fn patient() -> SiteSpec {
+    SiteSpec {
+        extra: "detect_ms = 2000\nstall_ms = 10000\n".into(),
+        ..SiteSpec::default()
+    }
 }
 
 /// A site on whose host a the VM `vm` has been started and is protected.
@@ -57,11 +69,21 @@ pub struct Clients {
 impl Clients {
     /// Starts them and waits until each has been answered.
     pub fn start(site: &Site) -> Clients {
+        Clients::of(site, GUEST)
+    }
+
+    /// [`Clients::start`] for another guest than [`GUEST`].
+    pub fn of(site: &Site, guest: Ipv4Addr) -> Clients {
+        let at = |port: u16| SocketAddr::from((guest, port));
         let origin = Origin::In(site.lab.client.net().clone());
+        // A ledger outlives its guest's run: the records of these clients are not those of earlier ones.
+        static RUN: AtomicU64 = AtomicU64::new(0);
+        let run = format!("n{}", RUN.fetch_add(1, Ordering::Relaxed));
+        let ledger = ledger::LedgerSpec::new(at(port::LEDGER), run);
         let clients = Clients {
             udp: udp::start(&origin, udp::UdpSpec::new(at(port::ECHO))).unwrap(),
             incr: incr::start(&origin, incr::IncrSpec::new(at(port::RESP), "n")).unwrap(),
-            ledger: ledger::start(&origin, ledger::LedgerSpec::new(at(port::LEDGER), "n")).unwrap(),
+            ledger: ledger::start(&origin, ledger).unwrap(),
             nonce: nonce::start(&origin, nonce::NonceSpec::new(at(port::NONCE))).unwrap(),
         };
         clients.go_on(200);

@@ -45,9 +45,37 @@ pub fn test_name() -> String {
         .to_string()
 }
 
+/// Whether a program is found where programs are.
+pub fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+/// Returns from the calling test, listed as skipped, when a client it needs is not installed.
+#[macro_export]
+macro_rules! require_program {
+    ($program:expr, $package:expr) => {
+        if !$crate::skip::is_installed($program) {
+            let (what, why) = (
+                concat!("no ", $program),
+                concat!("install Debian's ", $package),
+            );
+            $crate::skip::report(what, why, &$crate::skip::test_name());
+            return;
+        }
+    };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_is_found_by_its_name_alone() {
+        assert!(is_installed("sh"));
+        assert!(!is_installed("no-such-program-of-ax"));
+        assert!(!is_installed("."));
+    }
 
     #[test]
     fn a_skipped_test_is_told_by_name_on_one_line() {

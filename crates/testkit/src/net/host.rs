@@ -83,6 +83,14 @@ impl Host {
         self.net.run(f)
     }
 
+    /// Makes one more tap on this host, in no bridge.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub fn add_tap(&self, name: &str) -> Result<()> {
+        netlink::add_tap(&self.net, name)
+    }
+
     /// Pulls the power plug: SIGKILL to every process of this host at once, whatever sessions
     /// or groups they made, and waits until all are gone. The network stays plugged in.
     ///
