@@ -518,6 +518,8 @@ impl Barrier {
             ?committed,
             "promoted: outputs leave here from now on"
         );
+        // A reader of the console may not have got them from a host that died (rule 8).
+        outputs.released_console(|at, bytes| sink.console(at, bytes));
         for (_, record) in outputs.unreleased() {
             leave(sink.as_mut(), record);
         }

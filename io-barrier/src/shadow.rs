@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use ax_wire::EpochId;
-use ax_wire::records::{Record, Records};
+use ax_wire::records::{Record, RecordKind, Records};
 
 /// The primary had more unreleased outputs committed than a right one can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -17,6 +17,36 @@ pub struct ShadowOutputsFull {
     pub max: usize,
 }
 
+/// Released console bytes that are remembered: those a reader may not have got from the primary's
+/// host before it died (rule 8).
+const CONSOLE_BYTES: usize = 256 << 10;
+
+/// The last released console bytes.
+#[derive(Debug)]
+struct ConsoleTail {
+    /// Stream offset after the last byte.
+    end: u64,
+    bytes: VecDeque<u8>,
+}
+
+impl ConsoleTail {
+    fn add(&mut self, at: u64, bytes: &[u8]) {
+        if at > self.end {
+            self.bytes.clear();
+            self.end = at;
+        }
+        let seen = usize::try_from(self.end - at).unwrap_or(usize::MAX);
+        let new = bytes.get(seen..).unwrap_or_default();
+        let new = new
+            .get(new.len().saturating_sub(CONSOLE_BYTES)..)
+            .unwrap_or_default();
+        let excess = (self.bytes.len() + new.len()).saturating_sub(CONSOLE_BYTES);
+        self.bytes.drain(..excess);
+        self.bytes.extend(new);
+        self.end = self.end.max(at + bytes.len() as u64);
+    }
+}
+
 /// Outputs by committed epoch, ascending (rule 6).
 #[derive(Debug)]
 pub struct ShadowOutputs {
@@ -25,6 +55,7 @@ pub struct ShadowOutputs {
     held: usize,
     max: usize,
     released: EpochId,
+    console: ConsoleTail,
 }
 
 impl ShadowOutputs {
@@ -36,6 +67,10 @@ impl ShadowOutputs {
             held: 0,
             max,
             released: EpochId(0),
+            console: ConsoleTail {
+                end: 0,
+                bytes: VecDeque::with_capacity(CONSOLE_BYTES),
+            },
         }
     }
 
@@ -49,10 +84,22 @@ impl ShadowOutputs {
         {
             if let Some((_, mut buf)) = self.epochs.pop_front() {
                 self.held -= buf.len();
+                Records::new(&buf)
+                    .map_while(Result::ok)
+                    .filter(|r| r.kind == RecordKind::Console)
+                    .for_each(|r| self.console.add(r.at, r.payload));
                 buf.clear();
                 self.spare.push(buf);
             }
         }
+    }
+
+    /// Hands over the last console bytes known released, in order, each piece with its stream offset.
+    pub fn released_console(&self, mut take: impl FnMut(u64, &[u8])) {
+        let (first, second) = self.console.bytes.as_slices();
+        let middle = self.console.end - second.len() as u64;
+        take(middle - first.len() as u64, first);
+        take(middle, second);
     }
 
     /// Last epoch known released.
@@ -145,6 +192,53 @@ mod tests {
         outputs.released(EpochId(9));
         assert!(outputs.is_empty());
         assert_eq!(outputs.len(), 0);
+    }
+
+    fn console(at: u64, payload: &[u8]) -> Vec<u8> {
+        let mut buf = Vec::with_capacity(payload.len() + 64);
+        assert!(push(
+            &mut buf,
+            Record {
+                kind: RecordKind::Console,
+                unit: 0,
+                at,
+                payload
+            }
+        ));
+        buf
+    }
+
+    fn told(outputs: &ShadowOutputs) -> (u64, Vec<u8>) {
+        let (mut start, mut all) = (None, Vec::new());
+        outputs.released_console(|at, bytes| {
+            let first = *start.get_or_insert(at);
+            assert_eq!(at, first + all.len() as u64, "pieces follow each other");
+            all.extend_from_slice(bytes);
+        });
+        (start.unwrap(), all)
+    }
+
+    #[test]
+    fn the_last_console_bytes_are_remembered_when_they_are_released() {
+        let mut outputs = ShadowOutputs::new(2 * CONSOLE_BYTES);
+        outputs.push(EpochId(1), &console(100, b"hello ")).unwrap();
+        outputs.push(EpochId(2), &console(106, b"world")).unwrap();
+        assert_eq!(told(&outputs).1, b"");
+        outputs.released(EpochId(1));
+        assert_eq!(told(&outputs), (100, b"hello ".to_vec()));
+        outputs.released(EpochId(2));
+        assert_eq!(told(&outputs), (100, b"hello world".to_vec()));
+        // What comes again is the same; what was missed leaves a gap that is not hidden.
+        outputs.push(EpochId(3), &console(109, b"ld!")).unwrap();
+        outputs.released(EpochId(3));
+        assert_eq!(told(&outputs), (100, b"hello world!".to_vec()));
+        outputs.push(EpochId(4), &console(500, b"later")).unwrap();
+        outputs.released(EpochId(4));
+        assert_eq!(told(&outputs), (500, b"later".to_vec()));
+        let long: Vec<u8> = (0..CONSOLE_BYTES).map(|n| n as u8).collect();
+        outputs.push(EpochId(5), &console(505, &long)).unwrap();
+        outputs.released(EpochId(5));
+        assert_eq!(told(&outputs), (505, long));
     }
 
     #[test]

@@ -172,7 +172,7 @@ fn console(
     from: Option<u64>,
 ) -> std::io::Result<()> {
     let mut at = boards.console.begin(from);
-    send(&mut stream, &Reply::Console { offset: at })?;
+    send(&mut stream, &Reply::Console { offset: at.at })?;
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut typed = [0; 256];
