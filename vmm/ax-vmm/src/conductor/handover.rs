@@ -159,6 +159,7 @@ impl Conductor {
             .map_err(|e| lost(&e.to_string()))?;
         self.parts.machine.vacate()?;
         self.parts.taps.close();
+        self.parts.console.dismiss();
         let primary = Session {
             pair: self.spec.vm.pair,
             generation: record.generation,
