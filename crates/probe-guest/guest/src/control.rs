@@ -262,6 +262,11 @@ impl Control {
         text
     }
 
+    /// Whether there are lines of `COUNT` to come.
+    pub fn is_counting(&self) -> bool {
+        self.counting.is_some()
+    }
+
     /// Moves jobs on. True while there is something to do right away, answers to send included.
     pub fn poll(&mut self, conns: &mut [Conn], disks: &mut [Blk], serial: &mut Serial) -> bool {
         let mut answered = false;

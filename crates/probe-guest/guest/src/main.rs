@@ -257,7 +257,9 @@ fn run(mut it: Machine) -> ! {
                 busy = true;
             }
         }
-        if !it.serial.flush() {
+        if it.serial.flush() {
+            busy |= it.control.is_counting();
+        } else {
             // The console takes no more for now; it raises no interrupt when it does again.
             deadline = Some(deadline.unwrap_or(u64::MAX).min(now + 1_000_000));
         }
