@@ -207,6 +207,10 @@ impl PeerLink {
             let reply = match read_line::<Reply>(&mut stream) {
                 Ok(Some(reply)) => reply,
                 Ok(None) => return Err(away("it closed the connection".to_owned())),
+                // However TLS words it.
+                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                    return Err(away("it went away before it had answered".to_owned()));
+                }
                 Err(e) => return Err(away(e.to_string())),
             };
             *self.state.lock() = Some(Ok(()));
