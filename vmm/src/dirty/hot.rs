@@ -2,8 +2,9 @@
 //!
 //! Protecting a page costs the guest a fault at its next write; comparing it with a copy costs us less.
 //! So a page found dirty in [`PROMOTE`] harvests, hardly missing one, is no longer protected. KVM then
-//! calls it dirty for ever, and each harvest compares it with what was last reported. When it has not
-//! changed for [`COOL`] harvests it is protected again.
+//! calls it dirty for ever, and each harvest compares it with what was last reported, unless it has
+//! changed so often that it is taken for changed most times. When it has not changed for [`COOL`]
+//! harvests it is protected again.
 
 use ax_wire::PAGE_SIZE;
 
@@ -15,6 +16,11 @@ const PROMOTE: u32 = 8;
 const MISS: u32 = 1;
 /// Harvests without a change after which a hot page cools off.
 const COOL: u32 = 8;
+/// Changes in a row after which a hot page is taken for changed without a look, since to compare costs
+/// more than to ship it: most of the pause, with many pages.
+const SURE: u32 = 4;
+/// Then it is copied and compared in two harvests out of so many, not all pages in the same ones.
+const LOOK_EVERY: u32 = 16;
 /// Pages watched for becoming hot; those that share a place compete.
 const CANDIDATES: usize = 4096;
 
@@ -27,6 +33,8 @@ struct Hot {
     copy_valid: bool,
     /// Harvests since it last changed.
     quiet: u32,
+    /// Harvests in a row in which it was found changed.
+    changes: u32,
     /// Harvest that last saw it.
     seen: u32,
     /// Protected again, and about to be forgotten.
@@ -115,13 +123,19 @@ impl HotSet {
             return true;
         };
         hot.seen = self.harvest;
-        if !paused {
+        let looks =
+            hot.changes < SURE || self.harvest.wrapping_add(hot.page as u32) % LOOK_EVERY < 2;
+        if !paused || !looks {
             hot.copy_valid = false;
             return true;
         }
         let changed = refresh(ram, hot.page, &mut self.copies, hot.copy) || !hot.copy_valid;
         hot.copy_valid = true;
-        hot.quiet = if changed { 0 } else { hot.quiet + 1 };
+        if changed {
+            (hot.quiet, hot.changes) = (0, hot.changes.saturating_add(1));
+        } else {
+            (hot.quiet, hot.changes) = (hot.quiet + 1, 0);
+        }
         changed
     }
 
@@ -158,6 +172,7 @@ impl HotSet {
                     copy,
                     copy_valid: true,
                     quiet: 0,
+                    changes: 0,
                     seen,
                     leaving: false,
                 },
@@ -268,6 +283,35 @@ mod tests {
         assert_eq!(harvest(&mut hot, &ram, &[3], false), [3]);
         // The caller may have copied content that has changed back since.
         assert_eq!(harvest(&mut hot, &ram, &[3], true), [3]);
+    }
+
+    #[test]
+    fn a_page_that_always_changed_is_found_out_when_it_stops() {
+        let (ram, mut hot) = heated(4, &[7]);
+        for n in 0..SURE as u8 {
+            write(&ram, 7, n + 1);
+            assert_eq!(harvest(&mut hot, &ram, &[7], true), [7]);
+        }
+        // It may be reported for a while though it has not changed, but not for ever.
+        let late = (0..2 * LOOK_EVERY)
+            .filter(|_| !harvest(&mut hot, &ram, &[7], true).is_empty())
+            .count();
+        assert!((1..=LOOK_EVERY as usize).contains(&late), "{late}");
+        assert!(hot_pages(&hot).is_empty(), "it cools off");
+        // What it holds afterwards is not missed.
+        harvest(&mut hot, &ram, &[], true);
+        write(&ram, 7, 99);
+        assert_eq!(harvest(&mut hot, &ram, &[7], true), [7]);
+    }
+
+    #[test]
+    fn no_change_of_a_page_that_always_changes_is_missed() {
+        let (ram, mut hot) = heated(4, &[7]);
+        for n in 1..=100 {
+            write(&ram, 7, n);
+            assert_eq!(harvest(&mut hot, &ram, &[7], true), [7], "{n}");
+        }
+        assert_eq!(hot_pages(&hot), [7]);
     }
 
     #[test]
