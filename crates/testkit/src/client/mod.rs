@@ -4,6 +4,7 @@
 //! [`Oracle::stop`] gives its report:
 //!
 //! - [`ledger`]: appends numbered records over TCP and reads all of them back at the end
+//! - [`get`]: GET over one RESP connection, one at a time: latency of a request that changes nothing
 //! - [`incr`]: INCR over one RESP connection, one at a time; every answer must be one more
 //! - [`udp`]: an echo every millisecond whether answered or not: latency and longest silence
 //! - [`nonce`]: two different nonces under one counter prove that an uncommitted epoch's output
@@ -12,6 +13,7 @@
 //! What is counted is what a user would sue over, see [`Verdict`]; a frame seen twice is not.
 
 mod conversation;
+pub mod get;
 pub mod incr;
 pub mod ledger;
 pub mod nonce;

@@ -86,7 +86,8 @@ impl Samples {
         }
     }
 
-    pub(crate) fn started(&self) -> Instant {
+    /// When it began.
+    pub fn started(&self) -> Instant {
         self.started
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Without privileges, network namespaces may be made only inside a user namespace of one's own,
 //! and a process may enter one only while it has a single thread; a test never has. So
-//! [`enter_test`] runs the same test once more in a child process that enters before its first
+//! [`enter_test`] (or [`enter_program`]) runs the same test once more in a child process that enters before its first
 //! thread starts, and [`command`] does that for any program. Inside, the user is root over their
 //! own namespaces and themselves everywhere else: files belong to them, `/dev/kvm` opens if it
 //! did outside.
@@ -18,12 +18,12 @@ use nix::unistd::{getegid, geteuid};
 /// Set inside the namespaces.
 const INSIDE_VAR: &str = "AX_TESTKIT_ISOLATED";
 
-/// Where the calling test is to go on.
+/// Where the calling test or program is to go on.
 #[derive(Debug)]
 pub enum Entered {
     /// Here: this process may make test hosts.
     Here,
-    /// The test ran in a child process.
+    /// It ran in a child process.
     RanElsewhere {
         /// Whether it passed there.
         success: bool,
@@ -93,6 +93,22 @@ pub fn inside() -> bool {
 /// otherwise runs the calling libtest test in a child process that may. Taps need `/dev/net/tun`
 /// either way.
 pub fn enter_test() -> Entered {
+    let test = crate::skip::test_name();
+    enter([
+        "--exact",
+        &test,
+        "--nocapture",
+        "--include-ignored",
+        "--test-threads=1",
+    ])
+}
+
+/// As [`enter_test`] for a whole program, which is run again with the same arguments.
+pub fn enter_program() -> Entered {
+    enter(std::env::args_os().skip(1))
+}
+
+fn enter<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> Entered {
     if let Err(why) = tun_opens() {
         return Entered::Unavailable(why);
     }
@@ -102,18 +118,7 @@ pub fn enter_test() -> Entered {
     if inside() {
         return Entered::Unavailable("not even inside a user namespace".into());
     }
-    let test = crate::skip::test_name();
-    let ran = std::env::current_exe().and_then(|exe| {
-        command(exe)
-            .args([
-                "--exact",
-                &test,
-                "--nocapture",
-                "--include-ignored",
-                "--test-threads=1",
-            ])
-            .status()
-    });
+    let ran = std::env::current_exe().and_then(|exe| command(exe).args(args).status());
     match ran {
         Ok(status) => Entered::RanElsewhere {
             success: status.success(),

@@ -1,0 +1,142 @@
+//! What the benches share: a site, a guest on it, and how figures are told.
+
+#![allow(dead_code)] // each bench uses its part
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::Value;
+use testkit::client::port;
+use testkit::net::{GUEST, addr, isolate};
+use testkit::site::{Side, Site, SiteSpec};
+
+/// Result of a bench or a part of one.
+pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Runs a bench where it can run; elsewhere says by name what is missing, and that is no failure.
+pub fn main(name: &str, bench: fn() -> Result<()>) -> ExitCode {
+    if let Err(no) = testkit::kvm::usable() {
+        testkit::skip::report("no usable KVM", &no.why, name);
+        eprintln!("how to get it: {}", no.remedy);
+        return ExitCode::SUCCESS;
+    }
+    match isolate::enter_program() {
+        isolate::Entered::Here => {}
+        isolate::Entered::RanElsewhere { success: true } => return ExitCode::SUCCESS,
+        isolate::Entered::RanElsewhere { success: false } => return ExitCode::FAILURE,
+        isolate::Entered::Unavailable(why) => {
+            testkit::skip::report("no namespaces", &why, name);
+            return ExitCode::SUCCESS;
+        }
+    }
+    match bench() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does something on a new site; when that fails, prints every log of it first.
+///
+/// # Errors
+/// The site's, or those of what is done.
+pub fn on_site<T>(spec: SiteSpec, act: impl FnOnce(&Site) -> Result<T>) -> Result<T> {
+    let site = Site::new(spec)?;
+    let done = act(&site);
+    if done.is_err() {
+        eprintln!("{}", site.logs());
+    }
+    done
+}
+
+/// A number from the environment, for shorter or longer runs.
+///
+/// # Errors
+/// It is there and is no number.
+pub fn setting(name: &str, default: u64) -> Result<u64> {
+    match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .map_err(|_| format!("{name}={text}: not a number").into()),
+        Err(_) => Ok(default),
+    }
+}
+
+/// The probe guest on host a. Dropping it ends its processes on both hosts.
+pub struct Guest<'a> {
+    site: &'a Site,
+    name: &'a str,
+}
+
+impl<'a> Guest<'a> {
+    /// Starts it, as protected as `mode` says; `more` are further options of `axvm start`.
+    ///
+    /// # Errors
+    /// axvm's.
+    pub fn start(site: &'a Site, name: &'a str, mode: &str, more: &[&str]) -> Result<Guest<'a>> {
+        let cmdline = format!("ip={GUEST}/{}", addr::LAN_PREFIX);
+        let mut args = vec!["start", name, "--mode", mode, "--probe"];
+        // The MAC is the same in every run: the client has it in its ARP cache.
+        let net = "tap=axtap0,mac=02:61:78:00:00:10";
+        args.extend(["--net", net, "--cmdline", &cmdline]);
+        args.extend(more);
+        site.run_axvm(Side::A, &args)?;
+        Ok(Guest { site, name })
+    }
+
+    /// One command to its control service, and the answer.
+    ///
+    /// # Errors
+    /// The connection's, or an answer that is an error.
+    pub fn command(&self, line: &str) -> Result<String> {
+        let ask = || -> std::io::Result<String> {
+            let target = SocketAddr::from((GUEST, port::CONTROL));
+            let patience = Duration::from_secs(20);
+            let mut stream = TcpStream::connect_timeout(&target, patience)?;
+            stream.set_read_timeout(Some(patience))?;
+            stream.write_all(format!("{line}\n").as_bytes())?;
+            let mut answer = String::new();
+            BufReader::new(stream).read_line(&mut answer)?;
+            Ok(answer.trim_end().to_string())
+        };
+        let answer = self.site.lab.client.run(ask)??;
+        if answer.is_empty() || answer.starts_with("ERR") {
+            return Err(format!("the guest answered {answer:?} to {line}").into());
+        }
+        Ok(answer)
+    }
+
+    /// What its primary says of itself (`axvm -o json show`).
+    ///
+    /// # Errors
+    /// axvm's, or no process says that it runs the guest protected.
+    pub fn status(&self) -> Result<Value> {
+        let shown = self.site.show(Side::A, self.name)?;
+        let processes = shown["processes"].as_array().cloned().unwrap_or_default();
+        let statuses = processes.into_iter().map(|p| p["status"].clone());
+        statuses
+            .into_iter()
+            .find(|s| s["role"] == "primary")
+            .ok_or_else(|| format!("no process runs {}: {shown}", self.name).into())
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        // Gone already is as good; the site takes whatever is left with it.
+        let _ = self.site.run_axvm(Side::A, &["stop", "--force", self.name]);
+    }
+}
+
+/// A number in a JSON document that must be there.
+///
+/// # Errors
+/// It is not.
+pub fn number(of: &Value) -> Result<f64> {
+    of.as_f64()
+        .ok_or_else(|| format!("{of} where a number was due").into())
+}
