@@ -13,7 +13,7 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use common::talk::{SIDES, Talk, answers, axvm, control, text};
+use common::talk::{SIDES, Talk, answers, axvm, last_order, text};
 use common::{GUEST, PATIENCE, alone, eventually, patient, protected};
 use probe_guest::port;
 use testkit::site::{Side, Site};
@@ -160,9 +160,7 @@ fn round(site: &mut Site, act: Act, victim_runs_it: bool, delay: Duration, run: 
                 Some(command.spawn().unwrap())
             }
             Act::Guest(word) => {
-                // Its answer is lost when the guest is.
-                let talk = Talk::open(shared, GUEST, port::CONTROL, PATIENCE);
-                talk.unwrap().say(word).unwrap();
+                last_order(shared, GUEST, word);
                 None
             }
         };
@@ -221,7 +219,6 @@ fn rounds(act: Act) {
     let mut dice = Dice::new();
     let rounds = std::env::var("AX_ROUNDS").ok().and_then(|n| n.parse().ok());
     let mut site = protected(patient(), &[]);
-    control(&site, GUEST, "PING").unwrap();
     for n in 0..rounds.unwrap_or(1) {
         for victim_runs_it in [true, false] {
             let run = format!("{n}-{victim_runs_it}");
@@ -261,7 +258,7 @@ fn a_poweroff_is_carried_through_by_the_host_that_lives() {
     let mut site = protected(patient(), &[]);
     let acknowledged = append(&site, "kept", &AtomicBool::new(true));
     site.witness().unwrap().kill().unwrap();
-    control(&site, GUEST, "POWEROFF").unwrap();
+    last_order(&site, GUEST, "POWEROFF");
     eventually("a waits for the arbiter's record", || {
         let state = site.show(Side::B, "vm").map(|vm| text(&vm["state"]));
         state.is_ok_and(|state| state == "held" || state == "ending")

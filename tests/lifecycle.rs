@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::talk::{
-    SIDES, Talk, answers, assert_stopped, axvm, control, state, text, until_state, vm_processes,
+    SIDES, Talk, answers, assert_stopped, axvm, last_order, state, text, until_state, vm_processes,
 };
 use common::{Clients, GUEST, PATIENCE, QUIET, alone, eventually, patient, protected};
 use probe_guest::port;
@@ -76,7 +76,7 @@ fn a_guest_is_reset_by_its_operator_or_by_itself_and_stays_protected() {
         if by_operator {
             site.run_axvm(Side::B, &["reboot", "vm"]).unwrap();
         } else {
-            control(&site, GUEST, "REBOOT").unwrap();
+            last_order(&site, GUEST, "REBOOT");
         }
         // A connection of the old run may still be taken: it ends without an answer.
         eventually("the guest has booted anew", || {
@@ -121,9 +121,7 @@ fn a_stopped_vm_has_equal_disks_and_starts_on_either_host() {
         let record = end.replace(' ', "-");
         kept.push((append(&site, &record), record));
         match end {
-            "poweroff" | "crash" => {
-                control(&site, GUEST, &end.to_uppercase()).unwrap();
-            }
+            "poweroff" | "crash" => last_order(&site, GUEST, &end.to_uppercase()),
             "stop while paused" => {
                 site.run_axvm(home, &["pause", "vm"]).unwrap();
                 site.run_axvm(home, &["stop", "vm"]).unwrap();

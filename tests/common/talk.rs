@@ -61,6 +61,12 @@ pub fn control(site: &Site, guest: Ipv4Addr, line: &str) -> std::io::Result<Stri
     Talk::open(site, guest, port::CONTROL, ANSWER)?.ask(line)
 }
 
+/// An order to a guest's control service that ends its run: the answer may be held for ever.
+pub fn last_order(site: &Site, guest: Ipv4Addr, line: &str) {
+    let talk = Talk::open(site, guest, port::CONTROL, PATIENCE);
+    talk.and_then(|mut talk| talk.say(line)).unwrap();
+}
+
 /// Whether the guest answers now.
 pub fn answers(site: &Site, guest: Ipv4Addr) -> bool {
     let asked = Talk::open(site, guest, port::CONTROL, Duration::from_millis(500));
