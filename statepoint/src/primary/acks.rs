@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use ax_failpoint::Point;
 use ax_wire::stream::{self, FrameError, FrameKind, Header, Nonce, Progress, Refusal, Resume};
 use ax_wire::{EpochId, Generation};
 
@@ -91,6 +92,7 @@ fn step(
     match header.kind {
         FrameKind::Ack => {
             let progress: Progress = stream::body(header.kind, payload)?;
+            ax_failpoint::reached(Point::AckRead);
             let stamp = shared.commit(header.epoch).map_err(|()| FrameError::Body {
                 kind: header.kind,
                 what: "acknowledges an epoch that was not sent",
@@ -99,7 +101,9 @@ fn step(
                 if !shared.confirmed.swap(true, Ordering::AcqRel) {
                     events.confirmed(header.epoch);
                 }
+                ax_failpoint::reached(Point::Committed);
                 shared.release(stamp);
+                ax_failpoint::reached(Point::Released);
                 events.committed(header.epoch);
             }
             note(shared, events, &progress);

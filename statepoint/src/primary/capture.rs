@@ -1,5 +1,6 @@
 //! The pause: capturing one epoch into a slot.
 
+use ax_failpoint::Point;
 use ax_wire::state::StateWriter;
 use ax_wire::{EpochId, PAGE_SIZE};
 use io_barrier::RxCounts;
@@ -8,7 +9,7 @@ use std::sync::atomic::Ordering;
 use super::{CaptureError, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError};
 use crate::arena::Arena;
 use crate::digest::digest;
-use crate::guest::{Guest, Page};
+use crate::guest::{Guest, GuestError, Page};
 
 /// One captured epoch. Every buffer is allocated once; its memory is resident only as far as used.
 #[derive(Debug)]
@@ -67,6 +68,17 @@ pub(super) fn runs(pages: &[Page]) -> impl Iterator<Item = (Page, usize)> {
     })
 }
 
+/// An error when a test has the capture fail here (I6).
+fn step(point: Point) -> Result<(), CaptureError> {
+    if ax_failpoint::fails(point) {
+        return Err(CaptureError::Guest(GuestError {
+            doing: "capture",
+            source: format!("a test has it fail at {point}").into(),
+        }));
+    }
+    Ok(())
+}
+
 impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
     /// Captures the open epoch into `slot` in the order of rule 3, memory last, then closes the
     /// epoch's outputs and disk writes, which cannot fail any more, then resumes, unless the guest
@@ -87,6 +99,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
                 now
             }
         };
+        ax_failpoint::reached(Point::Parked);
         self.count_pause();
         if let Err(error) = self.fill(slot) {
             return self.undo(error);
@@ -98,6 +111,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         self.failures = 0;
         self.estimate = 0;
         self.shared.captured.store(slot.epoch.0, Ordering::Release);
+        ax_failpoint::reached(Point::Captured);
         if slot.spilled() {
             self.shared.counters.spilled.fetch_add(1, Ordering::Relaxed);
         }
@@ -135,8 +149,11 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
     }
 
     fn save_and_copy(&mut self, slot: &mut Slot) -> Result<(), CaptureError> {
+        step(Point::Saving)?;
         self.guest.save(&mut StateWriter::new(&mut slot.state))?;
+        step(Point::Saved)?;
         self.guest.harvest(&mut slot.pages)?;
+        step(Point::Harvested)?;
         let room = slot.content.capacity() / PAGE_SIZE;
         let fitting = slot.pages.get(..room).unwrap_or(&slot.pages);
         for (first, pages) in runs(fitting) {
@@ -158,6 +175,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         } else {
             None
         };
+        step(Point::Copied)?;
         self.shared.barrier.seal(slot.epoch, &mut slot.outputs)?;
         Ok(())
     }

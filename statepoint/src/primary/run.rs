@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use ax_failpoint::Point;
 use ax_wire::EpochId;
 use io_barrier::Gate;
 
@@ -216,6 +217,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         let last = self.shared.last.load(Ordering::Acquire);
         match self.capture(&mut slot, last) {
             Ok(()) => {
+                ax_failpoint::reached(Point::Resumed);
                 if last || slot.spilled() {
                     (self.stays, self.is_final) = (Some(slot.epoch), last);
                 }

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use ax_failpoint::Point;
 use ax_wire::PAGE_SIZE;
 use ax_wire::stream::{
     EpochBegin, EpochEnd, FrameKind, MAX_PAYLOAD, Nonce, RUN_HEADER, run_header,
@@ -182,6 +183,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         self.shared.shipped.fetch_max(epoch.0, Ordering::AcqRel);
         drop(flow);
         writer.flush()?;
+        ax_failpoint::reached(Point::Shipped);
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use ax_failpoint::Point;
 use ax_wire::stream::{Progress, Run, Runs};
 use ax_wire::{EpochId, PAGE_SIZE};
 use parking_lot::Mutex;
@@ -141,6 +142,8 @@ pub(super) fn run<G: ShadowGuest, S: ShadowSink>(
             }
             Err(error) => {
                 shared.spoiled.store(true, Ordering::Release);
+                // Said before the primary hears of it: it may have this process ended at once.
+                tracing::error!(%error, "this shadow can not be promoted");
                 let refusal = error.refusal();
                 stages.failed = Some(error);
                 stages.ready.clear();
@@ -157,6 +160,15 @@ pub(super) fn run<G: ShadowGuest, S: ShadowSink>(
         }
         shared.changed.notify_all();
     }
+}
+
+/// Spoils the copy as a bad memory module would, for a test of the verify mode.
+fn flip_a_bit<G: ShadowGuest>(guest: &mut G) -> Result<(), GuestError> {
+    let last = guest.ram().last().map_or(0, |r| r.start + r.pages - 1);
+    let mut page = [0; PAGE_SIZE];
+    guest.read_pages(last, &mut page)?;
+    page[PAGE_SIZE / 2] ^= 1;
+    guest.write_pages(last, &page)
 }
 
 /// Tells the primary how far this side is, if it has not been told.
@@ -182,10 +194,14 @@ fn apply<G: ShadowGuest, S: ShadowSink>(
 ) -> Result<(), ShadowError> {
     let epoch = stage.epoch.0;
     let failed = |source| ShadowError::Apply { epoch, source };
+    ax_failpoint::reached(Point::Applying);
     write_runs(guest, stage.runs.as_slice()).map_err(failed)?;
     stage
         .unspill(|payload| write_runs(guest, payload))
         .map_err(failed)?;
+    if ax_failpoint::fails(Point::Written) {
+        flip_a_bit(guest).map_err(failed)?;
+    }
     if let Some(there) = stage.digest {
         let ram = guest.ram().to_vec();
         shared.verifying.store(true, Ordering::Release);

@@ -428,8 +428,7 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
                 Err(error) => error,
                 Ok(never) => match never {},
             });
-            if error.spoils() {
-                shared.spoiled.store(true, Ordering::Release);
+            if error.spoils() && !shared.spoiled.swap(true, Ordering::AcqRel) {
                 tracing::error!(%error, "this shadow can not be promoted");
             }
             // A connection that just ended needs no reason.

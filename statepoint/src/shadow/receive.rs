@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::sync::atomic::Ordering;
 
+use ax_failpoint::Point;
 use ax_wire::records::{RecordKind, Records};
 use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce, Runs};
 use ax_wire::{EpochId, Generation};
@@ -182,6 +183,7 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
 
     fn begin(&mut self, header: &Header) -> Result<(), ShadowError> {
         let epoch = header.epoch;
+        ax_failpoint::reached(Point::Staging);
         if self.stage.is_some() || self.copying {
             return Err(bad(epoch, "begins before the one before it is whole"));
         }
@@ -309,6 +311,7 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         let shared = self.shared;
         let (epoch, first, now) = (stage.epoch, stage.first, shared.clock.now_ns());
         stage.arrived_ns = now;
+        ax_failpoint::reached(Point::Staged);
         {
             let mut memory = shared.memory.lock();
             memory.outputs.released(EpochId(begin.released.get()));
@@ -331,7 +334,10 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             shared.staged.store(epoch.0, Ordering::Release);
             shared.ready(stage);
         }
-        shared.backward.ack(shared.me(), epoch, shared.progress())?;
+        if !ax_failpoint::fails(Point::Acking) {
+            shared.backward.ack(shared.me(), epoch, shared.progress())?;
+        }
+        ax_failpoint::reached(Point::Acked);
         if first {
             let generation = shared.primary().generation;
             shared.events.confirmed(epoch, generation);

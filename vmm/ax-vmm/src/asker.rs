@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use ax_arbiter::rules::{Registered, Registration};
 use ax_arbiter::{AskError, Client};
+use ax_failpoint::Point;
 use ax_wire::record::{
     Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, Why, WitnessId,
 };
@@ -229,12 +230,16 @@ impl Worker {
             from,
             change,
         };
+        ax_failpoint::reached(Point::Asking);
         loop {
             match self.client.ask(&request, Instant::now() + TRY) {
                 Ok(Decision::Granted(record) | Decision::Already(record)) => {
                     // Without it this host would later register something older: keep trying.
                     match store(&self.file, &record) {
-                        Ok(()) => return Heard::Granted(record),
+                        Ok(()) => {
+                            ax_failpoint::reached(Point::Granted);
+                            return Heard::Granted(record);
+                        }
                         Err(error) => {
                             let file = self.file.display();
                             (self.tell)(Heard::Silent(format!("write {file}: {error}")));

@@ -84,6 +84,7 @@ fn main() -> ExitCode {
     let Some(spec) = args.spec else {
         return ExitCode::from(selfcheck::run(args.output == Output::Json));
     };
+    ax_failpoint::listen();
     match load(&spec).and_then(conductor::run) {
         Ok(ending) => ExitCode::from(ending.code()),
         Err(error) => {

@@ -4,6 +4,7 @@
 //! device's irqfd; a driver that never changes configuration can leave InterruptStatus unread
 //! and unacknowledged, which saves it two exits per interrupt.
 
+use ax_failpoint::Point;
 use tracing::warn;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -332,6 +333,9 @@ impl Transport {
 
     fn interrupt(&mut self, why: u32) {
         self.interrupts |= why;
+        if ax_failpoint::fails(Point::Interrupt) {
+            return;
+        }
         if let Err(error) = self.irq.write(1)
             && !self.warned
         {
