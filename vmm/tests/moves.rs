@@ -96,14 +96,14 @@ fn moves_between_processes_leave_the_work_as_if_undisturbed() {
 }
 
 #[test]
-fn each_byte_of_rep_outsb_arrives_exactly_once_over_thousands_of_kicks() {
+fn each_byte_of_rep_outsb_arrives_exactly_once_over_ten_thousand_kicks() {
     let caps = require_kvm!();
     let config = config(Mode::Outsb, 1, 0, BITMAP);
     let outputs: Arc<Collected> = Arc::default();
     let mut random = Random(5);
     let mut machine = booted(&caps, &config, &outputs);
     machine.start().unwrap();
-    for kick in 0..5000 {
+    for kick in 0..10_000 {
         random.nap(60);
         machine.pause().unwrap();
         if kick % 50 == 0 {

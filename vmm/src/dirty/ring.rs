@@ -94,6 +94,19 @@ impl Ring {
         }
         drained
     }
+
+    /// How many entries wait to be harvested.
+    fn pending(&mut self, entries: u32) -> usize {
+        if self.seen.wrapping_sub(self.next) > entries {
+            self.seen = self.next;
+        }
+        while self.seen.wrapping_sub(self.next) < entries
+            && self.entry(self.seen, entries).flags.load(Ordering::Acquire) & DIRTY != 0
+        {
+            self.seen = self.seen.wrapping_add(1);
+        }
+        self.seen.wrapping_sub(self.next) as usize
+    }
 }
 
 impl Source for RingSource {
@@ -124,19 +137,7 @@ impl Source for RingSource {
     /// Looks only at entries added since it last looked.
     fn estimate(&mut self, _: &VmFd, _: &Ram) -> Result<usize> {
         let entries = self.entries;
-        let mut pending = 0;
-        for ring in &mut self.rings {
-            if ring.seen.wrapping_sub(ring.next) > entries {
-                ring.seen = ring.next;
-            }
-            while ring.seen.wrapping_sub(ring.next) < entries
-                && ring.entry(ring.seen, entries).flags.load(Ordering::Acquire) & DIRTY != 0
-            {
-                ring.seen = ring.seen.wrapping_add(1);
-            }
-            pending += ring.seen.wrapping_sub(ring.next) as usize;
-        }
-        Ok(pending)
+        Ok(self.rings.iter_mut().map(|r| r.pending(entries)).sum())
     }
 
     fn report(&mut self, _: &Ram, _: u64, _: bool) -> bool {
@@ -144,4 +145,55 @@ impl Source for RingSource {
     }
 
     fn given_back(&mut self, _: u64) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ENTRIES: u32 = 256;
+
+    /// A ring in a file, written to as KVM would.
+    fn ring(next: u32) -> Ring {
+        let len = ENTRIES as usize * ENTRY_BYTES;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len as u64).unwrap();
+        Ring {
+            map: Mapping::shared(&file, len, 0).unwrap(),
+            next,
+            seen: next,
+        }
+    }
+
+    fn log(ring: &Ring, at: u32, offset: u64) {
+        let entry = (ring.map.as_ptr().cast::<Entry>()).wrapping_add((at % ENTRIES) as usize);
+        // SAFETY: within the mapping, which nobody else uses.
+        unsafe { (*entry).offset = offset };
+        // SAFETY: as above.
+        unsafe { &*entry }.flags.store(DIRTY, Ordering::Release);
+    }
+
+    #[test]
+    fn indices_wrap_past_two_to_the_32_and_no_entry_is_missed_or_taken_twice() {
+        let start = u32::MAX - 1000;
+        let mut ring = ring(start);
+        let (mut at, mut offset) = (start, 0);
+        let mut taken = Vec::new();
+        // Batches of every size up to a full ring, across the wrap several times over the ring's size.
+        for batch in (1..=ENTRIES).chain([ENTRIES; 8]) {
+            for _ in 0..batch {
+                log(&ring, at, offset);
+                (at, offset) = (at.wrapping_add(1), offset + 1);
+            }
+            assert_eq!(ring.pending(ENTRIES), batch as usize);
+            assert_eq!(
+                ring.drain(ENTRIES, |_, page| taken.push(page)),
+                batch as usize
+            );
+            assert_eq!(ring.pending(ENTRIES), 0);
+            assert_eq!(ring.next, at);
+        }
+        assert!(at < start, "the index did not wrap");
+        assert!(taken.into_iter().eq(0..offset));
+    }
 }
