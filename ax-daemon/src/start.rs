@@ -373,7 +373,10 @@ impl Daemon {
                     }
                     Some(Phase::Alone) => (
                         Code::Peer,
-                        format!("runs, but without its shadow{}", self.last_loss(primary)),
+                        format!(
+                            "ran without its shadow{} and was ended again",
+                            self.last_loss(primary)
+                        ),
                     ),
                     Some(phase) => (Code::Failed, format!("is stuck: {phase:?}")),
                     None => (Code::Failed, "does not answer".to_owned()),
