@@ -6,7 +6,7 @@
 //! [`product`] builds and starts the real programs there, [`site::Site`] sets up a whole pair
 //! with its witness as a customer would; [`client`] are the oracles that stand
 //! outside and notice a lost, doubled or reordered answer; [`net::Host::kill_all`] is the power
-//! plug. [`cable`] is a slower way through user space, for faults no real cable has: delay,
+//! plug, and [`fault`] strikes inside a process, between two steps of an epoch. [`cable`] is a slower way through user space, for faults no real cable has: delay,
 //! corruption, truncation, one direction silent.
 //!
 //! A test that cannot run here says so by name ([`require_kvm!`], [`require_lab!`]) and is
@@ -14,6 +14,7 @@
 
 pub mod cable;
 pub mod client;
+pub mod fault;
 pub mod kvm;
 pub mod net;
 pub mod product;

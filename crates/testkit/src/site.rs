@@ -188,8 +188,12 @@ impl Site {
         let slot = &mut self.axd[side as usize];
         drop(slot.take());
         let config = self.config(side);
-        let args = ["--config".as_ref(), config.as_os_str()];
-        let mut daemon = Daemon::on(self.host(side), &self.product.axd, args, self.dir.path())?;
+        let mut command = self.host(side).command(&self.product.axd);
+        command.arg("--config").arg(&config);
+        command.env(ax_failpoint::VAR, self.orders(side));
+        let name = format!("axd on host {}", side.name());
+        let log = self.dir.path().join(format!("{}-axd.log", side.name()));
+        let mut daemon = Daemon::start(name, command, log)?;
         let deadline = Instant::now() + READY;
         while !self
             .axvm(side)
