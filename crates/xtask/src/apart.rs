@@ -50,7 +50,7 @@ pub fn run(product: &Path, keep: bool) -> Result<ExitCode, Error> {
         .prefix("ax-demo-")
         .tempdir()
         .map_err(|e| Error::Failed(format!("cannot make a folder for the demo: {e}")))?;
-    let child = start(product, dir.path())?;
+    let child = start(product, dir.path(), signals)?;
     let ended = wait(child, &signals).map_err(failed("wait for the demo"))?;
     if keep {
         let _ = dir.keep();
@@ -75,7 +75,7 @@ pub fn run(product: &Path, keep: bool) -> Result<ExitCode, Error> {
     })
 }
 
-fn start(product: &Path, dir: &Path) -> Result<Pid, Error> {
+fn start(product: &Path, dir: &Path, signals: SigSet) -> Result<Pid, Error> {
     let exe = std::env::current_exe()
         .map_err(|e| Error::Failed(format!("cannot find this program: {e}")))?;
     let mut command = if isolate::privileged() {
@@ -88,9 +88,14 @@ fn start(product: &Path, dir: &Path) -> Result<Pid, Error> {
         .env(APART_VAR, "1")
         .env(PRODUCT_VAR, product)
         .env("TMPDIR", dir);
-    let follow = || prctl::set_pdeathsig(Signal::SIGTERM).map_err(Into::into);
-    // SAFETY: one system call, allowed between fork and exec. (After entering a user namespace, which
-    // would forget the signal.)
+    let follow = move || {
+        // A program inherits what is blocked.
+        signals.thread_unblock()?;
+        // After entering a user namespace, which would forget it.
+        prctl::set_pdeathsig(Signal::SIGTERM)?;
+        Ok(())
+    };
+    // SAFETY: two system calls, allowed between fork and exec.
     unsafe { command.pre_exec(follow) };
     let child = command
         .spawn()

@@ -176,7 +176,14 @@ fn play(options: &Options, tell: &Story, site: &Site) -> Result<Failover, Error>
     let client = Client::start(site, "demo")?;
     tell.line("a client appends to its ledger, counts over one TCP connection, and sends a UDP echo every 1 ms");
     std::thread::sleep(BEFORE);
-    let before = epoch(&site.show(heir, "demo")?);
+    let shown = site.show(heir, "demo")?;
+    if shown["state"] != "protected" {
+        return Err(Error::Failed(format!(
+            "the guest lost its protection before any host died. A host too busy to send a heartbeat \
+             for 100 ms counts as dead: try again while this machine is quieter. axvm says: {shown}"
+        )));
+    }
+    let before = epoch(&shown);
     tell.line(format!("{before} epochs so far"));
 
     let processes = victim.processes().len();
@@ -188,8 +195,17 @@ fn play(options: &Options, tell: &Story, site: &Site) -> Result<Failover, Error>
         "SIGKILL to all {processes} processes of host {}",
         victim.name()
     ));
-    client.udp.wait_for_answers(udp_before + 100, PATIENCE)?;
-    client.incr.wait_for_answers(incr_before + 10, PATIENCE)?;
+    let answered = client
+        .udp
+        .wait_for_answers(udp_before + 100, PATIENCE)
+        .and_then(|()| client.incr.wait_for_answers(incr_before + 10, PATIENCE));
+    if let Err(e) = answered {
+        let after = site.show(heir, "demo")?;
+        return Err(Error::Failed(format!(
+            "host {} did not answer in its place: {e}. axvm says: {after}",
+            heir.name()
+        )));
+    }
     tell.line(format!("host {} answers in its place", heir.name()));
     std::thread::sleep(AFTER);
     let after = site.show(heir, "demo")?;
