@@ -9,9 +9,12 @@ use testkit::net::Capture;
 use testkit::site::{Side, SiteSpec};
 use testkit::{require_kvm, require_lab};
 
+const ARP: u16 = 0x0806;
+const RARP: u16 = 0x8035;
+
 /// RARP, by which bridges learn where a MAC is.
 fn is_rarp(frame: &[u8]) -> bool {
-    frame.get(12..14) == Some(&[0x80, 0x35])
+    frame[12..14] == RARP.to_be_bytes()
 }
 
 /// A broadcast ARP request whose sender asks for its own address, the guest's.
@@ -33,7 +36,7 @@ fn every_announcement_after_a_failover_has_the_guests_address() {
     let site = protected(SiteSpec::default(), &[]);
     let clients = Clients::start(&site);
     let wanted = |frame: &[u8]| is_rarp(frame) || is_gratuitous_arp(frame);
-    let capture = Capture::start(site.lab.client.net(), "uplink", wanted).unwrap();
+    let capture = Capture::start(site.lab.client.net(), "uplink", &[ARP, RARP], wanted).unwrap();
     clients.go_on(100);
     let killed = site.host(Side::A).kill_all().unwrap();
     clients.go_on(200);
@@ -44,6 +47,11 @@ fn every_announcement_after_a_failover_has_the_guests_address() {
         heard.iter().all(|(at, _)| *at >= killed.at),
         "announced while nothing had happened"
     );
+    // A bridge may begin to forward in the middle of an announcement.
+    let heard: Vec<_> = heard
+        .into_iter()
+        .skip_while(|(_, frame)| !is_rarp(frame))
+        .collect();
     let kinds: Vec<bool> = heard.iter().map(|(_, frame)| is_rarp(frame)).collect();
     assert!(kinds.len() >= 4, "announcements are repeated: {heard:x?}");
     // RARP and ARP by turns, RARP first: no announcement is without the address.

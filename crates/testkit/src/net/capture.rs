@@ -29,61 +29,95 @@ pub struct Capture {
     thread: JoinHandle<Vec<Captured>>,
 }
 
-/// A packet socket (packet(7)) for every frame of the calling thread's `interface`.
-fn packet_socket(interface: &str) -> io::Result<OwnedFd> {
-    let index = nix::net::if_::if_nametoindex(interface)?;
-    let protocol = (libc::ETH_P_ALL as u16).to_be();
-    // SAFETY: takes no pointers; the result is checked.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_PACKET,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            i32::from(protocol),
+/// A program for the kernel that passes frames of these types only: what a busy host does not look
+/// at in time would push them out of the socket.
+fn filter(ethertypes: &[u16]) -> Vec<libc::sock_filter> {
+    let instruction = |code: u32, jt: usize, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt: jt as u8,
+        jf: 0,
+        k,
+    };
+    let mut program = vec![instruction(
+        libc::BPF_LD | libc::BPF_H | libc::BPF_ABS,
+        0,
+        12,
+    )];
+    for (n, ethertype) in ethertypes.iter().enumerate() {
+        // Over the rest of the comparisons and the refusal.
+        let onward = ethertypes.len() - n;
+        let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+        program.push(instruction(equal, onward, u32::from(*ethertype)));
+    }
+    program.push(instruction(libc::BPF_RET | libc::BPF_K, 0, 0));
+    program.push(instruction(libc::BPF_RET | libc::BPF_K, 0, u32::MAX));
+    program
+}
+
+fn set_option<T>(socket: &OwnedFd, option: i32, value: &T) -> io::Result<()> {
+    // SAFETY: `value` is a valid value of the size given, and outlives the call.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as libc::socklen_t,
         )
     };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// A packet socket (packet(7)) for frames of these types on the calling thread's `interface`.
+fn packet_socket(interface: &str, ethertypes: &[u16]) -> io::Result<OwnedFd> {
+    let index = nix::net::if_::if_nametoindex(interface)?;
+    // Of no protocol yet: nothing comes in before the filter is there.
+    // SAFETY: takes no pointers; the result is checked.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the descriptor has just been made and nobody else has it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut program = filter(ethertypes);
+    let attached = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    set_option(&socket, libc::SO_ATTACH_FILTER, &attached)?;
+    set_option(&socket, libc::SO_RCVTIMEO, &TICK)?;
     // SAFETY: `sockaddr_ll` is plain data for which all-zero is a valid value.
     let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     at.sll_family = libc::AF_PACKET as u16;
-    at.sll_protocol = protocol;
+    at.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
     at.sll_ifindex = index as i32;
     let size = size_of_val(&at) as libc::socklen_t;
     // SAFETY: `at` is a valid address of `size` bytes that outlives the call.
     let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const at).cast(), size) };
-    let tick = TICK;
-    // SAFETY: `tick` is a valid value of this option, of the size given.
-    let timed = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVTIMEO,
-            (&raw const tick).cast(),
-            size_of_val(&tick) as libc::socklen_t,
-        )
-    };
-    if bound < 0 || timed < 0 {
+    if bound < 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(socket)
 }
 
 impl Capture {
-    /// Captures the frames of `interface` in `net` that `wanted` says true to, from the return on.
+    /// Captures the frames of `interface` in `net` that are of one of these types and `wanted` says true
+    /// to, from the return on.
     ///
     /// # Errors
     /// No such interface, or the kernel refuses.
     pub fn start(
         net: &NetNs,
         interface: &str,
+        ethertypes: &[u16],
         wanted: impl Fn(&[u8]) -> bool + Send + 'static,
     ) -> Result<Capture> {
         let what = format!("capture frames of {interface} of {}", net.name());
         let socket = net
-            .run(|| packet_socket(interface))?
+            .run(|| packet_socket(interface, ethertypes))?
             .map_err(Error::os(what.clone()))?;
         let ending = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&ending);
