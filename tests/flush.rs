@@ -20,7 +20,7 @@ fn kept_in_sync() -> Site {
 
 /// Stops the shadow's disk, and nothing else of it: epochs go on to be committed.
 fn stop_the_shadows_disk(site: &Site, clients: &Clients) -> StoppedThread {
-    let stopped = StoppedThread::stop(&site.data_dir(Side::B), "disk-replica").unwrap();
+    let stopped = StoppedThread::before_fsync(&site.data_dir(Side::B), "disk-replica").unwrap();
     // What was durable already is answered.
     std::thread::sleep(QUIET);
     let before = clients.answers();

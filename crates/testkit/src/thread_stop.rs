@@ -1,4 +1,5 @@
-//! One thread of a process stands still, the others run on: a disk that takes its time, say.
+//! One thread of a process stands still before it makes a file durable, the others run on: a disk that
+//! takes its time.
 
 use std::fs;
 use std::io;
@@ -9,8 +10,8 @@ use std::time::Duration;
 
 use crate::{Error, Result};
 
-/// Attempts to find the thread where it holds no lock.
-const TRIES: u32 = 200;
+/// How often the tracer looks whether its thread has been killed.
+const TICK: Duration = Duration::from_millis(10);
 
 /// A stopped thread; it goes on when this is dropped.
 #[derive(Debug)]
@@ -46,57 +47,54 @@ fn ptrace(request: libc::c_uint, tid: i32) -> io::Result<()> {
     }
 }
 
-/// Stops the thread; the caller is its tracer.
-fn stop(tid: i32) -> io::Result<()> {
-    ptrace(libc::PTRACE_INTERRUPT, tid)?;
+/// Waits until the thread stops as asked; the caller is its tracer.
+fn stopped(tid: i32) -> io::Result<()> {
     let mut status = 0;
     // SAFETY: `status` is writable and outlives the call.
     match unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) } {
         -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
+        _ if libc::WIFSTOPPED(status) => Ok(()),
+        _ => Err(io::ErrorKind::NotFound.into()),
     }
 }
 
-/// True when a stopped thread was in a file's system call or waiting, so that it holds no lock that
-/// others need.
-fn holds_nothing(tid: i32) -> bool {
+/// True when a stopped thread is about to make a file durable. It holds no lock there that the others
+/// need, as it may elsewhere: also one that waits can be handed a lock.
+fn at_fsync(tid: i32) -> bool {
     let call = fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap_or_default();
-    let mut words = call.split_whitespace();
-    let number: Option<i64> = words.next().and_then(|n| n.parse().ok());
-    let operation = words.nth(1).and_then(|w| w.strip_prefix("0x"));
-    let operation = operation.and_then(|w| i32::from_str_radix(w, 16).ok());
-    match number {
-        Some(libc::SYS_pwrite64 | libc::SYS_fsync | libc::SYS_fdatasync) => true,
-        Some(libc::SYS_futex) => operation.is_some_and(|operation| {
-            matches!(
-                operation & libc::FUTEX_CMD_MASK,
-                libc::FUTEX_WAIT | libc::FUTEX_WAIT_BITSET
-            )
-        }),
-        _ => false,
-    }
+    let number = call.split_whitespace().next().and_then(|n| n.parse().ok());
+    matches!(number, Some(libc::SYS_fsync | libc::SYS_fdatasync))
 }
 
-fn stop_where_it_holds_nothing(tid: i32) -> io::Result<()> {
+/// True when the thread was killed. Its process is not gone before the tracer has looked.
+fn is_dead(tid: i32) -> bool {
+    let mut status = 0;
+    // SAFETY: `status` is writable and outlives the call.
+    let found = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
+    found != 0 && !libc::WIFSTOPPED(status)
+}
+
+fn stop_at_fsync(tid: i32) -> io::Result<()> {
     ptrace(libc::PTRACE_SEIZE, tid)?;
-    for _ in 0..TRIES {
-        stop(tid)?;
-        if holds_nothing(tid) {
+    ptrace(libc::PTRACE_INTERRUPT, tid)?;
+    stopped(tid)?;
+    loop {
+        // To the beginning, or the end, of its next system call.
+        ptrace(libc::PTRACE_SYSCALL, tid)?;
+        stopped(tid)?;
+        if at_fsync(tid) {
             return Ok(());
         }
-        ptrace(libc::PTRACE_CONT, tid)?;
-        thread::sleep(Duration::from_millis(1));
     }
-    Err(io::ErrorKind::TimedOut.into())
 }
 
 impl StoppedThread {
-    /// Stops the thread called `name` of the process whose command line speaks of `dir`, at a place
-    /// where the process's other threads don't wait for it.
+    /// Stops the thread called `name`, of the process whose command line speaks of `dir`, the next time
+    /// it is about to make a file durable (blocks until then).
     ///
     /// # Errors
     /// There is no such thread, or the kernel refuses.
-    pub fn stop(dir: &Path, name: &str) -> Result<StoppedThread> {
+    pub fn before_fsync(dir: &Path, name: &str) -> Result<StoppedThread> {
         let what = format!("stop thread {name} of the process of {}", dir.display());
         let tid = find(dir, name)
             .ok_or_else(|| Error::os(what.clone())(io::ErrorKind::NotFound.into()))?;
@@ -104,10 +102,11 @@ impl StoppedThread {
         let (tell, told) = mpsc::channel();
         // A thread is traced by one thread, and goes on when that ends.
         let trace = move || {
-            let stopped = stop_where_it_holds_nothing(tid);
+            let stopped = stop_at_fsync(tid);
             let worked = stopped.is_ok();
-            if tell.send(stopped).is_ok() && worked {
-                let _: std::result::Result<(), _> = end.recv();
+            let mut alive = tell.send(stopped).is_ok() && worked;
+            while alive && end.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Timeout) {
+                alive = !is_dead(tid);
             }
             // Fails when the process is gone meanwhile.
             let _ = ptrace(libc::PTRACE_DETACH, tid);
@@ -138,32 +137,60 @@ impl Drop for StoppedThread {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+    use std::io::Write;
     use std::process::{Command, Stdio};
 
+    /// The other end of the next test: one thread writes and makes durable, another only writes.
     #[test]
-    fn a_stopped_thread_stands_still_until_it_is_let_go() {
+    #[ignore = "started by a_thread_stands_still_before_its_file_is_durable_and_the_others_run_on"]
+    fn child() {
+        let dir = std::path::PathBuf::from(std::env::var_os("AX_TEST_STOP").expect("AX_TEST_STOP"));
+        let count = |name: &'static str, durable: bool| {
+            let mut file = File::create(dir.join(name)).unwrap();
+            let run = move || loop {
+                file.write_all(b"x").unwrap();
+                if durable {
+                    file.sync_data().unwrap();
+                }
+                thread::sleep(Duration::from_millis(1));
+            };
+            thread::Builder::new().name(name.into()).spawn(run).unwrap();
+        };
+        count("durable", true);
+        count("other", false);
+        thread::sleep(Duration::from_secs(600));
+    }
+
+    #[test]
+    fn a_thread_stands_still_before_its_file_is_durable_and_the_others_run_on() {
         let dir = tempfile::tempdir().unwrap();
-        let (ticks, word) = (dir.path().join("ticks"), dir.path().display());
-        let script = format!("while :; do echo x >> {word}/ticks; sleep 0.01; done");
-        let mut child = Command::new("sh")
-            .args(["-c", &script])
-            .stdin(Stdio::null())
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "thread_stop::tests::child"])
+            .arg(dir.path()) // a second filter, that matches nothing
+            .env("AX_TEST_STOP", dir.path())
+            .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let size = || fs::metadata(&ticks).map_or(0, |m| m.len());
-        while size() == 0 {
-            thread::sleep(Duration::from_millis(1));
-        }
-        assert!(StoppedThread::stop(dir.path(), "no-such").is_err());
-        let tid = find(dir.path(), "sh").unwrap();
-        assert_eq!(tid, child.id() as i32);
-        // A shell waits for its children: not where the others of a process would not miss it.
-        assert!(StoppedThread::stop(dir.path(), "sh").is_err());
-        let before = size();
-        while size() == before {
-            thread::sleep(Duration::from_millis(1));
-        }
+        let size = |name: &str| fs::metadata(dir.path().join(name)).map_or(0, |m| m.len());
+        let grows = |name: &str| {
+            let before = size(name);
+            while size(name) <= before {
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        ["durable", "other"].iter().for_each(|name| grows(name));
+        assert!(StoppedThread::before_fsync(dir.path(), "no-such").is_err());
+        let stopped = StoppedThread::before_fsync(dir.path(), "durable").unwrap();
+        let before = size("durable");
+        (0..20).for_each(|_| grows("other"));
+        assert_eq!(size("durable"), before);
+        drop(stopped);
+        grows("durable");
+        // One that is killed while it stands still does not keep its process from ending.
+        let stopped = StoppedThread::before_fsync(dir.path(), "durable").unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
+        drop(stopped);
     }
 }
