@@ -57,13 +57,14 @@ impl Dice {
 fn append(site: &Site, run: &str, stop: &AtomicBool) -> Acknowledged {
     let mut acknowledged = Acknowledged::new();
     let mut ledger = Talk::open(site, GUEST, port::LEDGER, PATIENCE).unwrap();
-    ledger.patience(Duration::from_secs(2));
     for serial in 0.. {
         let record = format!("{run}-{serial}");
         match ledger.ask(&format!("APPEND {record}")) {
             Ok(number) if !number.starts_with("ERR") => acknowledged.insert(number, record),
             _ => break,
         };
+        // The first one comes from a guest that runs; later ones may have none any more.
+        ledger.patience(Duration::from_secs(2));
         if stop.load(Ordering::Relaxed) {
             break;
         }
