@@ -7,9 +7,10 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Clients, QUIET, alone, eventually, protected};
+use common::{Clients, PATIENCE, QUIET, alone, eventually, protected};
+use testkit::fault::{Action, Order, Point};
 use testkit::site::{Side, Site, SiteSpec};
-use testkit::{require_kvm, require_lab};
+use testkit::{require_fail_points, require_kvm, require_lab};
 
 fn runs_on(site: &Site, asked: Side, side: Side) -> bool {
     site.primary(asked, "vm").is_ok_and(|at| at == Some(side))
@@ -86,6 +87,53 @@ fn without_the_witness_a_planned_failover_is_refused_and_nothing_stops() {
     site.run_axvm(Side::A, &["failover", "vm"]).unwrap();
     clients.go_on(200);
     clients.are_content();
+}
+
+/// Parked, drained, and the question for the hand-over on its way: then the other side dies.
+#[test]
+fn a_shadow_lost_during_a_planned_failover_leaves_the_guest_running() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    let site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    let hold = Order::new(Point::Asking, Action::Hold(PATIENCE));
+    site.order(Side::A, &[hold]).unwrap();
+    let mut failover = site.axvm(Side::A);
+    let mut asked = failover.args(["failover", "vm"]).spawn().unwrap();
+    site.wait_for_fault(Side::A, "vm", Point::Asking, PATIENCE)
+        .unwrap();
+    site.host(Side::B).kill_all().unwrap();
+    std::thread::sleep(QUIET);
+    site.order(Side::A, &[]).unwrap();
+    clients.go_on(200);
+    assert!(!asked.wait().unwrap().success(), "it did not fail over");
+    assert!(runs_on(&site, Side::A, Side::A));
+    clients.are_content();
+}
+
+/// The record names the other side as holder, and who was to tell it is dead.
+#[test]
+fn a_primary_that_dies_between_the_grant_and_telling_it_has_handed_over() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    for point in [Point::Asking, Point::Granted] {
+        let site = protected(SiteSpec::default(), &[]);
+        let clients = Clients::start(&site);
+        let kill = Order::new(point, Action::Kill);
+        site.order(Side::A, &[kill]).unwrap();
+        let mut failover = site.axvm(Side::A);
+        let asked = failover.args(["failover", "vm"]).output().unwrap();
+        assert!(!asked.status.success(), "{asked:?}");
+        clients.go_on(200);
+        eventually("b says that it runs the guest", || {
+            runs_on(&site, Side::B, Side::B)
+        });
+        clients.are_content();
+    }
 }
 
 /// A host dies at a moment of a planned failover: the other one has the guest, and one only.

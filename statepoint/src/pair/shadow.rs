@@ -39,14 +39,20 @@ pub(super) fn step(me: Member, phase: Phase, event: Event) -> (Phase, Vec<Action
         // What was acknowledged could not be made durable and restored here: asking would fence a
         // holder that is well, for a copy that can't run (I4).
         (Phase::Waiting { .. }, Event::PromotionFailed) => ended(Ending::Stale),
-        // The primary had been granted FT and died before it could tell: ask from there.
+        // The primary had been granted FT, or a hand-over to this side, and died before it could tell:
+        // ask from there.
         (Phase::AskingTakeover { known }, Event::Refused(refusal)) => match refusal.record {
-            Some(record) if names_me(&record, me) && record.generation > known => (
-                Phase::AskingTakeover {
-                    known: record.generation,
-                },
-                vec![Action::Ask(record.generation, Change::TakeSolo)],
-            ),
+            Some(record)
+                if (names_me(&record, me) || record.holder() == Some(me))
+                    && record.generation > known =>
+            {
+                (
+                    Phase::AskingTakeover {
+                        known: record.generation,
+                    },
+                    vec![Action::Ask(record.generation, Change::TakeSolo)],
+                )
+            }
             _ => ended(Ending::Superseded),
         },
         (Phase::AskingTakeover { .. }, Event::Granted(_)) => ended(Ending::Superseded),

@@ -197,6 +197,15 @@ fn a_shadow_asks_again_when_ft_was_granted_and_its_primary_died_before_telling()
 }
 
 #[test]
+fn a_shadow_takes_over_when_its_primary_died_between_the_grant_of_a_hand_over_and_telling_it() {
+    let (pair, _) = play(shadow_in_sync(), [Event::PeerLost, Event::PermissionOver]);
+    let (pair, actions) = pair.step(refused(ft(3, B, A)));
+    assert_eq!(actions, [Action::Ask(Generation(3), Change::TakeSolo)]);
+    let (_, actions) = pair.step(Event::Granted(alone(4, B)));
+    assert_eq!(actions, [Action::Promote(alone(4, B))]);
+}
+
+#[test]
 fn a_shadow_that_is_not_in_sync_never_asks() {
     let (pair, actions) = Pair::shadow(B, Flush::Local).step(Event::PeerLost);
     assert_eq!(pair.phase, Phase::Ended);
