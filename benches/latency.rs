@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Result, setting};
+use common::{Guest, Result, rounded, setting};
 use serde_json::json;
 use testkit::client::{Origin, Percentiles, get, port, udp};
 use testkit::net::GUEST;
@@ -50,10 +50,10 @@ fn interleave(site: &Site, run: Duration, rounds: u64) -> Result<Times> {
         for mode in order {
             let name = format!("{}-{round}", MODES[mode]);
             let _guest = Guest::start(site, &name, MODES[mode], &["--memory", "256M"])?;
-            for client in 0..CLIENTS.len() {
+            for (client, times) in times.iter_mut().enumerate() {
                 let seen = measure(site, client, run)?;
                 tell(round + 1, client, mode, &Percentiles::of(seen.clone()));
-                times[client][mode].extend(seen);
+                times[mode].extend(seen);
             }
         }
     }
@@ -97,12 +97,12 @@ fn summary(times: Times) {
     let mut results = Vec::new();
     for (client, [none, ft]) in CLIENTS.into_iter().zip(times) {
         let (none, ft) = (Percentiles::of(none), Percentiles::of(ft));
-        let added = [ft.p50 - none.p50, ft.p99 - none.p99];
+        let added = [rounded(ft.p50 - none.p50), rounded(ft.p99 - none.p99)];
         println!("{client:8} {:9.0} {:8.0}", added[0], added[1]);
         results.push(json!({
             "client": client,
-            "none_us": {"p50": none.p50, "p99": none.p99, "answers": none.count},
-            "ft_us": {"p50": ft.p50, "p99": ft.p99, "answers": ft.count},
+            "none_us": {"p50": rounded(none.p50), "p99": rounded(none.p99), "answers": none.count},
+            "ft_us": {"p50": rounded(ft.p50), "p99": rounded(ft.p99), "answers": ft.count},
             "added_latency_us": {"p50": added[0], "p99": added[1]},
         }));
     }

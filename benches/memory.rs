@@ -11,7 +11,7 @@ mod common;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use common::{Guest, Result, setting};
+use common::{Guest, Result, rounded, setting};
 use serde_json::json;
 use testkit::net::Host;
 use testkit::site::{Side, Site, SiteSpec};
@@ -75,7 +75,7 @@ fn measure(site: &Site, writing: Duration) -> Result<()> {
         }
         for (what, taken) in [("idle", idle), ("writes to all of it", busy)] {
             for (side, t) in ["primary", "shadow"].into_iter().zip(taken) {
-                let mib = |kib: u64| kib as f64 / 1024.0;
+                let mib = |kib: u64| rounded(kib as f64 / 1024.0);
                 println!(
                     "{memory:4}  {what:19}  {side:7} {:8.1} {:6.1} {:7.1} {:10.1} {:12.1}",
                     mib(t.private),

@@ -1,6 +1,6 @@
 //! What the benches share: a site, a guest on it, and how figures are told.
 
-#![allow(dead_code)] // each bench uses its part
+#![allow(dead_code, reason = "every bench uses another part of it")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -139,4 +139,9 @@ impl Drop for Guest<'_> {
 pub fn number(of: &Value) -> Result<f64> {
     of.as_f64()
         .ok_or_else(|| format!("{of} where a number was due").into())
+}
+
+/// To one decimal: what a clock and a percentile are good for.
+pub fn rounded(x: f64) -> f64 {
+    (x * 10.0).round() / 10.0
 }
