@@ -76,12 +76,18 @@ impl Clients {
     pub fn of(site: &Site, guest: Ipv4Addr) -> Clients {
         let at = |port: u16| SocketAddr::from((guest, port));
         let origin = Origin::In(site.lab.client.net().clone());
+        // It sends whether it is answered or not: faster than a busy machine's guest can answer, it
+        // would fill the tap's queue and push out what the others ask.
+        let echo = udp::UdpSpec {
+            interval: Duration::from_millis(3),
+            ..udp::UdpSpec::new(at(port::ECHO))
+        };
         // A ledger outlives its guest's run: the records of these clients are not those of earlier ones.
         static RUN: AtomicU64 = AtomicU64::new(0);
         let run = format!("n{}", RUN.fetch_add(1, Ordering::Relaxed));
         let ledger = ledger::LedgerSpec::new(at(port::LEDGER), run);
         let clients = Clients {
-            udp: udp::start(&origin, udp::UdpSpec::new(at(port::ECHO))).unwrap(),
+            udp: udp::start(&origin, echo).unwrap(),
             incr: incr::start(&origin, incr::IncrSpec::new(at(port::RESP), "n")).unwrap(),
             ledger: ledger::start(&origin, ledger).unwrap(),
             nonce: nonce::start(&origin, nonce::NonceSpec::new(at(port::NONCE))).unwrap(),

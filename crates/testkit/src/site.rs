@@ -188,6 +188,7 @@ impl Site {
         let slot = &mut self.axd[side as usize];
         drop(slot.take());
         let config = self.config(side);
+        self.wait_for_end(side, &config)?;
         let mut command = self.host(side).command(&self.product.axd);
         command.arg("--config").arg(&config);
         command.env(ax_failpoint::VAR, self.orders(side));
@@ -212,6 +213,27 @@ impl Site {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.axd[side as usize] = Some(daemon);
+        Ok(())
+    }
+
+    /// Waits until no axd of this configuration is left: one that was killed dies a moment after the
+    /// process that passed its signals on.
+    fn wait_for_end(&self, side: Side, config: &Path) -> Result<()> {
+        let config = config.to_string_lossy();
+        let deadline = Instant::now() + READY;
+        let left = || {
+            let all = self.host(side).processes();
+            all.values().any(|line| line.contains(config.as_ref()))
+        };
+        while left() {
+            if Instant::now() > deadline {
+                return Err(Error::Product(format!(
+                    "the axd before does not end on host {}",
+                    side.name()
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
         Ok(())
     }
 
