@@ -43,7 +43,7 @@ impl ConsoleTail {
         let excess = (self.bytes.len() + new.len()).saturating_sub(CONSOLE_BYTES);
         self.bytes.drain(..excess);
         self.bytes.extend(new);
-        self.end = self.end.max(at + bytes.len() as u64);
+        self.end = self.end.max(at.saturating_add(bytes.len() as u64));
     }
 }
 
@@ -97,9 +97,15 @@ impl ShadowOutputs {
     /// Hands over the last console bytes known released, in order, each piece with its stream offset.
     pub fn released_console(&self, mut take: impl FnMut(u64, &[u8])) {
         let (first, second) = self.console.bytes.as_slices();
-        let middle = self.console.end - second.len() as u64;
-        take(middle - first.len() as u64, first);
-        take(middle, second);
+        let middle = self.console.end.saturating_sub(second.len() as u64);
+        for (at, bytes) in [
+            (middle.saturating_sub(first.len() as u64), first),
+            (middle, second),
+        ] {
+            if !bytes.is_empty() {
+                take(at, bytes);
+            }
+        }
     }
 
     /// Last epoch known released.
@@ -248,5 +254,23 @@ mod tests {
         outputs.push(EpochId(2), &frame(2)).unwrap();
         assert!(outputs.push(EpochId(3), &frame(3)).is_err());
         assert_eq!(kept(&outputs), [(1, 1), (2, 2)]);
+    }
+
+    #[test]
+    fn console_offsets_at_the_end_of_numbers_are_no_panic() {
+        let mut outputs = ShadowOutputs::new(1 << 16);
+        for (epoch, at) in [(1, u64::MAX - 1), (2, u64::MAX), (3, 0)] {
+            let mut buf = Vec::with_capacity(64);
+            let record = Record {
+                kind: RecordKind::Console,
+                unit: 0,
+                at,
+                payload: b"hostile",
+            };
+            assert!(push(&mut buf, record));
+            outputs.push(EpochId(epoch), &buf).unwrap();
+        }
+        outputs.released(EpochId(3));
+        outputs.released_console(|_, _| {});
     }
 }

@@ -120,7 +120,12 @@ fn i6_pages_given_back_are_harvested_again() {
                 if random.below(2) == 0 {
                     let lost = lost.to_vec();
                     machine.harvest(&mut dirty).unwrap();
-                    assert_eq!(dirty, lost, "given back in the same pause");
+                    if how == RING {
+                        assert_eq!(dirty, lost, "given back in the same pause");
+                    }
+                    // A hot page that always changes is reported without a look.
+                    let missing = lost.iter().find(|p| dirty.binary_search(p).is_err());
+                    assert_eq!(missing, None, "given back in the same pause");
                     mirror.take(&machine, &dirty).unwrap();
                     assert_equal(&machine, &mirror, epoch);
                 }
