@@ -1,25 +1,29 @@
 //! How long an epoch's pause is, from the first kick to the last vCPU running again, by the number of
 //! pages that are dirty: at 256 MiB and 4 GiB of RAM, with KVM's dirty bitmap and its dirty ring.
 //!
-//! The guest's CPU is always busy (it must be kicked out of guest code), and no client is there: an
-//! epoch ends every 40 ms, so that the guest can write exactly as many pages in it as it is told to.
-//! Figures are those of `axvm show`.
+//! Twice: *idle*, with no client, when an epoch ends every 40 ms and the guest writes exactly as many
+//! pages in it as it is told to; and *asked*, with a UDP echo every millisecond, when an epoch ends
+//! as soon as output waits. The guest's CPU is always busy: it must be kicked out of guest code. Figures
+//! are those of `axvm show`.
 //!
 //! `AX_BENCH_SECONDS` (7): how long each number of pages is looked at; at least 7, because `axvm show`
-//! tells of the last five seconds.
+//! tells of the last five seconds. `AX_BENCH_ONLY` (`idle` or `asked`): one of the two.
 
 mod common;
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use common::{Guest, Result, number, setting};
-use serde_json::json;
+use serde_json::{Value, json};
+use testkit::client::{Origin, port, udp};
+use testkit::net::GUEST;
 use testkit::site::{Site, SiteSpec};
 
 const PAGES: [u64; 7] = [0, 5, 15, 50, 100, 200, 1000];
-/// Epochs a second without output.
-const EPOCHS: u64 = 25;
+/// Most epochs a second: without output, and with a client that asks every millisecond.
+const EPOCHS: [u64; 2] = [25, 1500];
 
 fn main() -> ExitCode {
     common::main("pause", bench)
@@ -27,22 +31,38 @@ fn main() -> ExitCode {
 
 fn bench() -> Result<()> {
     let time = Duration::from_secs(setting("AX_BENCH_SECONDS", 7)?.max(7));
-    common::on_site(SiteSpec::default(), |site| measure(site, time))
+    let only = std::env::var("AX_BENCH_ONLY").unwrap_or_default();
+    common::on_site(SiteSpec::default(), |site| {
+        println!("pause per epoch, microseconds; mutual TLS, 1 vCPU, busy");
+        println!("clients  RAM   source  written  pages p50     p50     p99");
+        let mut results = Vec::new();
+        for (asked, clients) in ["idle", "asked"].into_iter().enumerate() {
+            if only.is_empty() || only == clients {
+                measure(site, time, asked == 1, &mut results)?;
+            }
+        }
+        println!("{}", json!({"bench": "pause", "results": results}));
+        Ok(())
+    })
 }
 
-fn measure(site: &Site, time: Duration) -> Result<()> {
-    println!("pause per epoch, microseconds; mutual TLS, 1 vCPU, busy");
-    println!("RAM   source  written  pages p50     p50     p99");
-    let mut results = Vec::new();
+fn measure(site: &Site, time: Duration, asked: bool, results: &mut Vec<Value>) -> Result<()> {
+    let clients = if asked { "asked" } else { "idle" };
     for source in ["bitmap", "ring"] {
         for memory in ["256M", "4G"] {
-            let name = format!("pause-{source}-{}", memory.to_lowercase());
+            let name = format!("{clients}-{source}-{}", memory.to_lowercase());
             let more = ["--memory", memory, "--dirty", source];
             let guest = Guest::start(site, &name, "ft", &more)?;
             guest.command("SPIN on")?;
+            let origin = Origin::In(site.lab.client.net().clone());
+            let echo = udp::UdpSpec::new(SocketAddr::from((GUEST, port::ECHO)));
+            let client = match asked {
+                true => Some(udp::start(&origin, echo)?),
+                false => None,
+            };
             for written in PAGES {
                 // Every write goes to another page than the last ones did, twice as often as needed.
-                let rate = written * EPOCHS * 2;
+                let rate = written * EPOCHS[usize::from(asked)] * 2;
                 guest.command(&format!("DIRTY {written} {rate} 64"))?;
                 std::thread::sleep(time);
                 let status = guest.status()?;
@@ -52,16 +72,18 @@ fn measure(site: &Site, time: Duration) -> Result<()> {
                     number(&status["pause_us"][1])?,
                 ];
                 println!(
-                    "{memory:4}  {source:6}  {written:7} {pages:10.0} {:7.0} {:7.0}",
+                    "{clients:7}  {memory:4}  {source:6}  {written:7} {pages:10.0} {:7.0} {:7.0}",
                     pause[0], pause[1]
                 );
                 results.push(json!({
-                    "memory": memory, "source": source, "written": written, "pages_p50": pages,
+                    "clients": clients, "memory": memory, "source": source, "written": written, "pages_p50": pages,
                     "pause_us": {"p50": pause[0], "p99": pause[1]},
                 }));
             }
+            if let Some(client) = client {
+                client.stop()?;
+            }
         }
     }
-    println!("{}", json!({"bench": "pause", "results": results}));
     Ok(())
 }

@@ -221,7 +221,7 @@ mod tests {
             assert_eq!(at, first + all.len() as u64, "pieces follow each other");
             all.extend_from_slice(bytes);
         });
-        (start.unwrap(), all)
+        (start.unwrap_or(0), all)
     }
 
     #[test]
