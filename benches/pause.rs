@@ -7,7 +7,8 @@
 //! are those of `axvm show`.
 //!
 //! `AX_BENCH_SECONDS` (7): how long each number of pages is looked at; at least 7, because `axvm show`
-//! tells of the last five seconds. `AX_BENCH_ONLY` (`idle` or `asked`): one of the two.
+//! tells of the last five seconds. `AX_BENCH_ONLY`: only the series whose name contains it, such as `idle`,
+//! `ring` or `asked-bitmap-4g`.
 
 mod common;
 
@@ -34,11 +35,24 @@ fn bench() -> Result<()> {
     let only = std::env::var("AX_BENCH_ONLY").unwrap_or_default();
     common::on_site(SiteSpec::default(), |site| {
         println!("pause per epoch, microseconds; mutual TLS, 1 vCPU, busy");
-        println!("clients  RAM   source  written  pages p50     p50     p99");
+        println!(
+            "clients  RAM   source  written  pages p50     p50     p99   park save harvest copy close resume"
+        );
         let mut results = Vec::new();
         for (asked, clients) in ["idle", "asked"].into_iter().enumerate() {
-            if only.is_empty() || only == clients {
-                measure(site, time, asked == 1, &mut results)?;
+            for source in ["bitmap", "ring"] {
+                for memory in ["256M", "4G"] {
+                    let name = format!("{clients}-{source}-{}", memory.to_lowercase());
+                    if name.contains(&only) {
+                        let series = Series {
+                            name,
+                            asked: asked == 1,
+                            source,
+                            memory,
+                        };
+                        measure(site, time, &series, &mut results)?;
+                    }
+                }
             }
         }
         println!("{}", json!({"bench": "pause", "results": results}));
@@ -46,44 +60,59 @@ fn bench() -> Result<()> {
     })
 }
 
-fn measure(site: &Site, time: Duration, asked: bool, results: &mut Vec<Value>) -> Result<()> {
-    let clients = if asked { "asked" } else { "idle" };
-    for source in ["bitmap", "ring"] {
-        for memory in ["256M", "4G"] {
-            let name = format!("{clients}-{source}-{}", memory.to_lowercase());
-            let more = ["--memory", memory, "--dirty", source];
-            let guest = Guest::start(site, &name, "ft", &more)?;
-            guest.command("SPIN on")?;
-            let origin = Origin::In(site.lab.client.net().clone());
-            let echo = udp::UdpSpec::new(SocketAddr::from((GUEST, port::ECHO)));
-            let client = match asked {
-                true => Some(udp::start(&origin, echo)?),
-                false => None,
-            };
-            for written in PAGES {
-                // Every write goes to another page than the last ones did, twice as often as needed.
-                let rate = written * EPOCHS[usize::from(asked)] * 2;
-                guest.command(&format!("DIRTY {written} {rate} 64"))?;
-                std::thread::sleep(time);
-                let status = guest.status()?;
-                let pages = number(&status["pages"][0])?;
-                let pause = [
-                    number(&status["pause_us"][0])?,
-                    number(&status["pause_us"][1])?,
-                ];
-                println!(
-                    "{clients:7}  {memory:4}  {source:6}  {written:7} {pages:10.0} {:7.0} {:7.0}",
-                    pause[0], pause[1]
-                );
-                results.push(json!({
+struct Series {
+    name: String,
+    asked: bool,
+    source: &'static str,
+    memory: &'static str,
+}
+
+fn measure(site: &Site, time: Duration, of: &Series, results: &mut Vec<Value>) -> Result<()> {
+    let (source, memory) = (of.source, of.memory);
+    let clients = if of.asked { "asked" } else { "idle" };
+    let guest = Guest::start(
+        site,
+        &of.name,
+        "ft",
+        &["--memory", memory, "--dirty", source],
+    )?;
+    guest.command("SPIN on")?;
+    let origin = Origin::In(site.lab.client.net().clone());
+    let echo = udp::UdpSpec::new(SocketAddr::from((GUEST, port::ECHO)));
+    let client = match of.asked {
+        true => Some(udp::start(&origin, echo)?),
+        false => None,
+    };
+    for written in PAGES {
+        // Every write goes to another page than the last ones did, twice as often as needed.
+        let rate = written * EPOCHS[usize::from(of.asked)] * 2;
+        guest.command(&format!("DIRTY {written} {rate} 64"))?;
+        std::thread::sleep(time);
+        let status = guest.status()?;
+        let pages = number(&status["pages"][0])?;
+        let pause = [
+            number(&status["pause_us"][0])?,
+            number(&status["pause_us"][1])?,
+        ];
+        let parts = &status["pause_parts_us"];
+        println!(
+            "{clients:7}  {memory:4}  {source:6}  {written:7} {pages:10.0} {:7.0} {:7.0}   {:4} {:4} {:7} {:4} {:5} {:6}",
+            pause[0],
+            pause[1],
+            parts["park"],
+            parts["save"],
+            parts["harvest"],
+            parts["copy"],
+            parts["close"],
+            parts["resume"],
+        );
+        results.push(json!({
                     "clients": clients, "memory": memory, "source": source, "written": written, "pages_p50": pages,
-                    "pause_us": {"p50": pause[0], "p99": pause[1]},
+                    "pause_us": {"p50": pause[0], "p99": pause[1]}, "parts_us": parts,
                 }));
-            }
-            if let Some(client) = client {
-                client.stop()?;
-            }
-        }
+    }
+    if let Some(client) = client {
+        client.stop()?;
     }
     Ok(())
 }

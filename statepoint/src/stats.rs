@@ -118,11 +118,65 @@ pub struct Summary {
     pub max: u64,
 }
 
+/// The parts of a pause, in their order (rule 3).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Parts<T> {
+    /// First kick to every vCPU parked and every device quiet.
+    pub park: T,
+    /// Saving the machine's state.
+    pub save: T,
+    /// Learning which pages are dirty, and protecting them again.
+    pub harvest: T,
+    /// Copying the dirty pages, and the digest of the verify mode.
+    pub copy: T,
+    /// Closing the epoch's outputs and disk writes.
+    pub close: T,
+    /// Letting devices and vCPUs go, to the last vCPU running again.
+    pub resume: T,
+}
+
+impl<T> Parts<T> {
+    /// The same parts of something else.
+    pub fn map<'a, U>(&'a self, of: impl Fn(&'a T) -> U) -> Parts<U> {
+        Parts {
+            park: of(&self.park),
+            save: of(&self.save),
+            harvest: of(&self.harvest),
+            copy: of(&self.copy),
+            close: of(&self.close),
+            resume: of(&self.resume),
+        }
+    }
+
+    /// Calls `each` with every part and that of `other`, in their order.
+    pub fn with<U>(&self, other: &Parts<U>, mut each: impl FnMut(&T, &U)) {
+        each(&self.park, &other.park);
+        each(&self.save, &other.save);
+        each(&self.harvest, &other.harvest);
+        each(&self.copy, &other.copy);
+        each(&self.close, &other.close);
+        each(&self.resume, &other.resume);
+    }
+
+    fn since<U>(&self, earlier: Option<&Parts<T>>, of: impl Fn(&T, Option<&T>) -> U) -> Parts<U> {
+        Parts {
+            park: of(&self.park, earlier.map(|e| &e.park)),
+            save: of(&self.save, earlier.map(|e| &e.save)),
+            harvest: of(&self.harvest, earlier.map(|e| &e.harvest)),
+            copy: of(&self.copy, earlier.map(|e| &e.copy)),
+            close: of(&self.close, earlier.map(|e| &e.close)),
+            resume: of(&self.resume, earlier.map(|e| &e.resume)),
+        }
+    }
+}
+
 /// What the primary's engine counts.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// First kick to the last vCPU running again, nanoseconds.
     pub pause: Histogram,
+    /// What that consists of.
+    pub parts: Parts<Histogram>,
     /// Dirty pages per epoch.
     pub pages: Histogram,
     /// Writing an epoch to the link, nanoseconds.
@@ -142,10 +196,12 @@ pub struct Counters {
 }
 
 /// What happened in a span of time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// First kick to the last vCPU running again, nanoseconds.
     pub pause_ns: Summary,
+    /// What that consists of.
+    pub parts_ns: Parts<Summary>,
     /// Dirty pages per epoch.
     pub pages: Summary,
     /// Writing an epoch to the link, nanoseconds.
@@ -168,6 +224,7 @@ pub struct Snapshot {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
     pause: Counts,
+    parts: Parts<Counts>,
     pages: Counts,
     ship: Counts,
     commit: Counts,
@@ -184,6 +241,7 @@ impl Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Reading {
             pause: self.pause.counts(),
+            parts: self.parts.map(Histogram::counts),
             pages: self.pages.counts(),
             ship: self.ship.counts(),
             commit: self.commit.counts(),
@@ -203,6 +261,7 @@ impl Reading {
         let more = |of: fn(&Reading) -> u64| of(self).saturating_sub(earlier.map_or(0, of));
         Snapshot {
             pause_ns: times(|r| &r.pause),
+            parts_ns: self.parts.since(earlier.map(|e| &e.parts), Counts::since),
             pages: times(|r| &r.pages),
             ship_ns: times(|r| &r.ship),
             commit_ns: times(|r| &r.commit),

@@ -170,6 +170,9 @@ pub struct Status {
     pub epochs_per_second: f64,
     /// Pause per epoch, median and 99th percentile of the last five seconds, microseconds.
     pub pause_us: [u64; 2],
+    /// What a pause consists of, medians likewise.
+    #[serde(default)]
+    pub pause_parts_us: PauseParts,
     /// From the end of a capture to its commit, likewise.
     pub commit_us: [u64; 2],
     /// Writing an epoch to the link, likewise.
@@ -182,6 +185,23 @@ pub struct Status {
     pub link_bytes_per_second: u64,
     /// Age of the oldest held output, microseconds; 0 with none.
     pub oldest_held_us: u64,
+}
+
+/// The parts of a pause in their order, microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseParts {
+    /// First kick to every vCPU parked and every device quiet.
+    pub park: u64,
+    /// Saving the machine's state.
+    pub save: u64,
+    /// Learning which pages are dirty, and protecting them again.
+    pub harvest: u64,
+    /// Copying the dirty pages.
+    pub copy: u64,
+    /// Closing the epoch's outputs and disk writes.
+    pub close: u64,
+    /// Letting devices and vCPUs go, to the last vCPU running again.
+    pub resume: u64,
 }
 
 /// A question or order to an `ax-vmm` process.

@@ -101,6 +101,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         };
         ax_failpoint::reached(Point::Parked);
         self.count_pause();
+        self.ends.park = self.shared.clock.now_ns();
         if let Err(error) = self.fill(slot) {
             return self.undo(error);
         }
@@ -115,6 +116,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         if slot.spilled() {
             self.shared.counters.spilled.fetch_add(1, Ordering::Relaxed);
         }
+        self.ends.close = self.shared.clock.now_ns();
         if !stay && !slot.spilled() {
             self.unpark().map_err(PrimaryError::Resume)?;
         }
@@ -130,8 +132,16 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
     fn count_pause(&mut self) {
         if let Some(began) = self.uncounted_pause.take() {
             let known = self.guest.resumed_ns().filter(|at| *at >= began);
-            let pause = known.unwrap_or(self.resumed).saturating_sub(began);
-            self.shared.counters.pause.record(pause);
+            self.ends.resume = known.unwrap_or(self.resumed);
+            let counters = &self.shared.counters;
+            counters
+                .pause
+                .record(self.ends.resume.saturating_sub(began));
+            let mut last = began;
+            counters.parts.with(&self.ends, |histogram, end| {
+                histogram.record(end.saturating_sub(last));
+                last = *end;
+            });
         }
     }
 
@@ -152,8 +162,10 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         step(Point::Saving)?;
         self.guest.save(&mut StateWriter::new(&mut slot.state))?;
         step(Point::Saved)?;
+        self.ends.save = self.shared.clock.now_ns();
         self.guest.harvest(&mut slot.pages)?;
         step(Point::Harvested)?;
+        self.ends.harvest = self.shared.clock.now_ns();
         let room = slot.content.capacity() / PAGE_SIZE;
         let fitting = slot.pages.get(..room).unwrap_or(&slot.pages);
         for (first, pages) in runs(fitting) {
@@ -176,6 +188,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             None
         };
         step(Point::Copied)?;
+        self.ends.copy = self.shared.clock.now_ns();
         self.shared.barrier.seal(slot.epoch, &mut slot.outputs)?;
         Ok(())
     }

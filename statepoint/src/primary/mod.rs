@@ -22,6 +22,7 @@ use crate::guest::{Guest, GuestError, Page};
 use crate::link::LinkError;
 use crate::policy::Policy;
 use crate::shadow::CommittedState;
+use crate::stats::Parts;
 
 use capture::Slot;
 use handle::Shared;
@@ -209,6 +210,8 @@ pub struct PrimaryEngine<G, S> {
     paused_for: u64,
     /// When the last pause began, until the next one: only then its end is known.
     uncounted_pause: Option<u64>,
+    /// When each part of that pause ended.
+    ends: Parts<u64>,
     estimate: usize,
     estimated: u64,
     failures: u32,
@@ -252,6 +255,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             resumed: shared.clock.now_ns(),
             paused_for: 0,
             uncounted_pause: None,
+            ends: Parts::default(),
             estimate: 0,
             estimated: 0,
             failures: 0,

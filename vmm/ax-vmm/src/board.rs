@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ax_api::process::{Phase, Role, Spec, Status};
+use ax_api::process::{PauseParts, Phase, Role, Spec, Status};
 use ax_wire::{Generation, Incarnation};
 use parking_lot::Mutex;
 use statepoint::primary::PrimaryHandle;
@@ -142,6 +142,7 @@ impl Board {
             epoch: self.epoch(&facts),
             epochs_per_second: facts.rate,
             pause_us: [0; 2],
+            pause_parts_us: Default::default(),
             commit_us: [0; 2],
             ship_us: [0; 2],
             pages: [0; 2],
@@ -152,6 +153,15 @@ impl Board {
             let (past, span) = facts.recent(&engine.reading());
             let micros = |s: Summary| [s.p50 / 1000, s.p99 / 1000];
             status.pause_us = micros(past.pause_ns);
+            let parts = &past.parts_ns;
+            status.pause_parts_us = PauseParts {
+                park: parts.park.p50 / 1000,
+                save: parts.save.p50 / 1000,
+                harvest: parts.harvest.p50 / 1000,
+                copy: parts.copy.p50 / 1000,
+                close: parts.close.p50 / 1000,
+                resume: parts.resume.p50 / 1000,
+            };
             status.commit_us = micros(past.commit_ns);
             status.ship_us = micros(past.ship_ns);
             status.pages = [past.pages.p50, past.pages.p99];
