@@ -43,6 +43,25 @@ pub trait Guest {
     /// Parks every vCPU with its pending exit complete, then quiets the devices.
     fn pause(&mut self) -> Result<(), GuestError>;
 
+    /// Pauses the guest that `of` finds in `whole` and then calls `act` once, on whatever thread is best
+    /// for it: the one that ran the guest has what it wrote in its caches. Returns when `act` has, which
+    /// may have resumed the guest.
+    ///
+    /// # Errors
+    /// As [`Guest::pause`]; `act` was not called.
+    fn pause_and<T: Send>(
+        whole: &mut T,
+        of: impl Fn(&mut T) -> &mut Self,
+        act: impl FnOnce(&mut T) + Send,
+    ) -> Result<(), GuestError>
+    where
+        Self: Sized,
+    {
+        of(whole).pause()?;
+        act(whole);
+        Ok(())
+    }
+
     /// Appends all CPU, irqchip, clock and device state. Only while paused, before `harvest`.
     fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError>;
 

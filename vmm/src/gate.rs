@@ -6,14 +6,22 @@
 //! polling. The kick can't be lost: a signal before KVM_RUN leaves `immediate_exit` set, so KVM_RUN
 //! completes the pending exit and returns EINTR. Only [`Gate::go`] clears it, when all are parked.
 //!
+//! Whoever parks the vCPUs to do something with the guest meanwhile does it best on the thread of the
+//! vCPU that parks last ([`Gate::park_and`]): nobody has to be woken first, and what the guest wrote
+//! last is in that core's caches.
+//!
 //! A *halted* guest (powered off, crashed, waiting for its reset) counts as parked until
 //! [`Gate::revive`].
 
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering, fence};
 
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, Result};
+
+type Borrowed<'a> = *mut (dyn FnMut() + Send + 'a);
+type Free = *mut (dyn FnMut() + Send + 'static);
 
 /// What vCPU threads are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,12 +31,30 @@ enum Order {
     Exit,
 }
 
+/// What is to be done once all are parked.
+#[derive(Debug)]
+enum Errand {
+    None,
+    Waiting(Act),
+    Running,
+    /// False when it panicked.
+    Done(bool),
+}
+
+/// A closure that [`Gate::park_and`] keeps alive until it was called or can't be called any more.
+#[derive(Debug)]
+struct Act(NonNull<dyn FnMut() + Send>);
+
+// SAFETY: the closure itself is Send, and the pointer is used by one thread, once.
+unsafe impl Send for Act {}
+
 #[derive(Debug)]
 struct State {
     order: Order,
     halted: bool,
     parked: usize,
     gone: bool,
+    errand: Errand,
 }
 
 /// What is needed to kick one vCPU out of KVM_RUN.
@@ -104,6 +130,7 @@ impl Gate {
                 halted: false,
                 parked: 0,
                 gone: false,
+                errand: Errand::None,
             }),
             go: Condvar::new(),
             all_parked: Condvar::new(),
@@ -129,17 +156,46 @@ impl Gate {
         state.parked += 1;
         self.set_parked(vcpu, true);
         if state.parked == self.vcpus.len() {
-            self.all_parked.notify_all();
+            match std::mem::replace(&mut state.errand, Errand::None) {
+                Errand::Waiting(act) => {
+                    state.errand = Errand::Running;
+                    drop(state);
+                    self.perform(act);
+                    state = self.state.lock();
+                }
+                other => {
+                    state.errand = other;
+                    self.all_parked.notify_all();
+                }
+            }
         }
         while state.order == Order::Park || (state.order == Order::Run && state.halted) {
             self.go.wait(&mut state);
         }
         state.parked -= 1;
         self.set_parked(vcpu, false);
-        if state.order == Order::Run {
+        let run = state.order == Order::Run;
+        drop(state);
+        if run {
             self.entered.fetch_max(boottime_ns(), Ordering::Release);
         }
-        state.order == Order::Run
+        run
+    }
+
+    /// Does the errand on the calling vCPU thread, which counts as parked meanwhile: whoever parks the
+    /// vCPUs again before it has returned finds it so.
+    fn perform(&self, mut act: Act) {
+        struct Report<'a>(&'a Gate, bool);
+        impl Drop for Report<'_> {
+            fn drop(&mut self) {
+                self.0.state.lock().errand = Errand::Done(self.1);
+                self.0.all_parked.notify_all();
+            }
+        }
+        let mut report = Report(self, false);
+        // SAFETY: `park_and` does not return before the errand is done, and has lent the closure to it.
+        (unsafe { act.0.as_mut() })();
+        report.1 = true;
     }
 
     /// When the last of the vCPUs let go went on.
@@ -182,6 +238,44 @@ impl Gate {
             Err(Error::VcpuGone)
         } else {
             Ok(())
+        }
+    }
+
+    /// Kicks every running vCPU and calls `act` when all are parked: once, on the thread of the last one
+    /// to park, or here if all were parked. Returns when `act` has, which may have let the vCPUs go.
+    ///
+    /// # Errors
+    /// When a vCPU thread has ended: `act` was not called, unless it was what panicked.
+    pub(crate) fn park_and(&self, act: &mut (dyn FnMut() + Send)) -> Result<()> {
+        let mut state = self.state.lock();
+        state.order = Order::Park;
+        if state.gone {
+            return Err(Error::VcpuGone);
+        }
+        if state.parked == self.vcpus.len() {
+            drop(state);
+            act();
+            return Ok(());
+        }
+        let act = std::ptr::from_mut(act);
+        // SAFETY: only the lifetime is changed: the closure is not touched once this function has
+        // returned, which it does with the errand done or taken back. Never null.
+        let act = unsafe { NonNull::new_unchecked(std::mem::transmute::<Borrowed<'_>, Free>(act)) };
+        state.errand = Errand::Waiting(Act(act));
+        self.kick_running();
+        self.go.notify_all(); // those waiting for a full ring to be emptied
+        loop {
+            match state.errand {
+                Errand::Done(well) => {
+                    state.errand = Errand::None;
+                    return if well { Ok(()) } else { Err(Error::VcpuGone) };
+                }
+                Errand::Waiting(_) if state.gone => {
+                    state.errand = Errand::None;
+                    return Err(Error::VcpuGone);
+                }
+                _ => self.all_parked.wait(&mut state),
+            }
         }
     }
 

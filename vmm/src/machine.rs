@@ -11,6 +11,7 @@ use crate::config::{DirtyTracking, MAX_VCPUS, MachineConfig};
 use crate::devices::{DeviceSet, DeviceSpec, Ports};
 use crate::dirty::{RING_ENTRY_BYTES, Tracker};
 use crate::error::{Doing, Error, Result};
+use crate::gate::Gate;
 use crate::handle::MachineHandle;
 use crate::memory::{GuestMemory, Ram, RamRegion};
 use crate::ports::{Outputs, Power};
@@ -288,6 +289,28 @@ impl Machine {
         }
     }
 
+    /// How to pause a machine that is shared behind a lock, and do something with it meanwhile on the
+    /// best thread for it; `None` when it is paused already. What is done begins with
+    /// [`Machine::parked`].
+    ///
+    /// # Errors
+    /// The machine was never started.
+    pub fn parking(&self) -> Result<Option<Parking>> {
+        match self.phase {
+            Phase::New => Err(Error::Order("pause: the machine was not started")),
+            Phase::Paused => Ok(None),
+            Phase::Running => Ok(Some(Parking(Arc::clone(&self.vm()?.gate)))),
+        }
+    }
+
+    /// Every vCPU is parked: quiets the devices. The second half of [`Machine::pause`].
+    ///
+    /// # Errors
+    /// The machine was never started.
+    pub fn parked(&mut self) -> Result<()> {
+        self.pause()
+    }
+
     /// Lets devices and vCPUs go on. The vCPUs of a guest that is powered off, crashed or waiting for
     /// its reset stay parked. Resuming a running machine does nothing.
     ///
@@ -464,6 +487,22 @@ impl Machine {
         self.promoted = false;
         self.phase = Phase::New;
         Ok(())
+    }
+}
+
+/// Parks the vCPUs of a machine that nobody has locked.
+#[derive(Debug)]
+pub struct Parking(Arc<Gate>);
+
+impl Parking {
+    /// Parks every vCPU with its pending exit complete and calls `act` once, on the thread of the vCPU
+    /// that parks last: what the guest wrote is in the caches of its core, and nobody has to be woken
+    /// first. Returns when `act` has; it may have resumed the machine.
+    ///
+    /// # Errors
+    /// When a vCPU thread has died; `act` was not called then.
+    pub fn run(self, act: &mut (dyn FnMut() + Send)) -> Result<()> {
+        self.0.park_and(act)
     }
 }
 

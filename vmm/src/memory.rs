@@ -136,15 +136,44 @@ impl Ram {
 
     /// Copies consecutive pages starting at `first` into `out`, a multiple of the page size.
     pub(crate) fn read_pages(&self, first: u64, out: &mut [u8]) -> Result<()> {
-        let slice = self.slice(first, out.len())?;
-        slice.copy_to(out);
-        Ok(())
+        self.page_by_page(first, out.len(), |page, at| {
+            if let Some(out) = out.get_mut(at..at + PAGE_SIZE) {
+                page.copy_to(out);
+            }
+        })
     }
 
     /// Overwrites consecutive pages starting at `first`, without marking them dirty.
     pub(crate) fn write_pages(&self, first: u64, data: &[u8]) -> Result<()> {
-        let slice = self.slice(first, data.len())?;
-        slice.copy_from(data);
+        self.page_by_page(first, data.len(), |page, at| {
+            if let Some(data) = data.get(at..at + PAGE_SIZE) {
+                page.copy_from(data);
+            }
+        })
+    }
+
+    /// Calls `copy` with each page of `len` bytes from page `first`, and its offset in them.
+    ///
+    /// One at a time, because glibc 2.36 copies 4 to 512 KiB by `rep movsb`, which is ten times slower
+    /// on AMD's Zen 3 and 4 when source and destination lie a few bytes apart modulo 4096 (glibc bug
+    /// 30995), as they do where what is copied has a header before it.
+    fn page_by_page(
+        &self,
+        first: u64,
+        len: usize,
+        mut copy: impl FnMut(vm_memory::VolatileSlice<'_, ()>, usize),
+    ) -> Result<()> {
+        let slice = self.slice(first, len)?;
+        for at in (0..len).step_by(PAGE_SIZE) {
+            let page = slice.subslice(at, PAGE_SIZE);
+            copy(
+                page.map_err(|_| Error::OutsideRam {
+                    page: first,
+                    bytes: len,
+                })?,
+                at,
+            );
+        }
         Ok(())
     }
 

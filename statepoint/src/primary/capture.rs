@@ -79,7 +79,14 @@ fn step(point: Point) -> Result<(), CaptureError> {
     Ok(())
 }
 
-impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
+fn never_ran() -> GuestError {
+    GuestError {
+        doing: "capture",
+        source: "the guest was paused, but nothing was done with it".into(),
+    }
+}
+
+impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
     /// Captures the open epoch into `slot` in the order of rule 3, memory last, then closes the
     /// epoch's outputs and disk writes, which cannot fail any more, then resumes, unless the guest
     /// must stay paused: `stay` (final epoch), or an epoch larger than its slot.
@@ -88,17 +95,35 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
     /// I6: the dirty pages are counted dirty again, outputs and disk writes stay in the open epoch and
     /// the guest runs.
     pub(super) fn capture(&mut self, slot: &mut Slot, stay: bool) -> Result<(), PrimaryError> {
-        let began = match self.parked_since {
-            Some(since) => since,
-            None => {
-                let now = self.shared.clock.now_ns();
-                if let Err(error) = self.guest.pause() {
-                    return self.undo(error.into());
-                }
-                self.parked_since = Some(now);
-                now
+        if let Some(since) = self.parked_since {
+            return self.capture_paused(slot, stay, since);
+        }
+        let began = self.shared.clock.now_ns();
+        let mut captured = None;
+        let paused = G::pause_and(
+            self,
+            |engine| &mut engine.guest,
+            |engine| {
+                engine.parked_since = Some(began);
+                captured = Some(engine.capture_paused(slot, stay, began));
+            },
+        );
+        match (captured, paused) {
+            (Some(captured), _) => captured,
+            (None, paused) => {
+                let error = paused.err().unwrap_or_else(never_ran);
+                self.undo(error.into())
             }
-        };
+        }
+    }
+
+    /// The rest of [`Self::capture`], with the guest paused since a pause that `began` then.
+    fn capture_paused(
+        &mut self,
+        slot: &mut Slot,
+        stay: bool,
+        began: u64,
+    ) -> Result<(), PrimaryError> {
         ax_failpoint::reached(Point::Parked);
         self.count_pause();
         self.ends.park = self.shared.clock.now_ns();

@@ -17,7 +17,7 @@ use crate::policy::{Decision, Situation};
 /// Captures that may fail one after the other before the engine gives up.
 const MAX_FAILURES: u32 = 3;
 
-impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
+impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
     /// Protects the guest over one connection until it ends, the engine is stopped or the final epoch
     /// is acknowledged. Blocks; call it from a thread of its own.
     ///

@@ -139,6 +139,40 @@ impl Guest for EpochGuest {
             .inspect_err(|_| self.0.end_turn())
     }
 
+    fn pause_and<T: Send>(
+        whole: &mut T,
+        of: impl Fn(&mut T) -> &mut Self,
+        act: impl FnOnce(&mut T) + Send,
+    ) -> Result<(), GuestError> {
+        let shared = Arc::clone(&of(whole).0);
+        shared.take_turn();
+        let mut act = Some(act);
+        let mut quiet = Ok(());
+        // Not with the machine locked: `act` locks it, on another thread.
+        let parking = shared.lock().parking();
+        let parked = parking.and_then(|parking| {
+            let mut then = || {
+                quiet = shared.lock().parked();
+                if quiet.is_ok()
+                    && let Some(act) = act.take()
+                {
+                    act(whole);
+                }
+            };
+            match parking {
+                Some(parking) => parking.run(&mut then),
+                None => {
+                    then();
+                    Ok(())
+                }
+            }
+        });
+        parked
+            .and(quiet)
+            .map_err(failed("pause"))
+            .inspect_err(|_| shared.end_turn())
+    }
+
     fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError> {
         self.0
             .lock()

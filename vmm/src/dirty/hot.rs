@@ -53,6 +53,8 @@ struct Candidate {
 pub(super) struct HotSet {
     hot: Vec<Hot>,
     copies: Box<[u8]>,
+    /// Where in `copies` the first one begins: at a page's boundary, for fast copies.
+    first: usize,
     free: Vec<usize>,
     candidates: Box<[Candidate]>,
     harvest: u32,
@@ -62,9 +64,11 @@ impl HotSet {
     /// At most `max` pages.
     pub(super) fn new(max: usize) -> Self {
         let candidates = if max == 0 { 0 } else { CANDIDATES };
+        let copies: Box<[u8]> = vec![0; (max + 1) * PAGE_SIZE].into();
         HotSet {
             hot: Vec::with_capacity(max),
-            copies: vec![0; max * PAGE_SIZE].into(),
+            first: copies.as_ptr().align_offset(PAGE_SIZE).min(PAGE_SIZE),
+            copies,
             free: (0..max).rev().collect(),
             candidates: vec![Candidate::default(); candidates].into(),
             harvest: 0,
@@ -129,7 +133,11 @@ impl HotSet {
             hot.copy_valid = false;
             return true;
         }
-        let changed = refresh(ram, hot.page, &mut self.copies, hot.copy) || !hot.copy_valid;
+        let changed = refresh(
+            ram,
+            hot.page,
+            copy_of(&mut self.copies, self.first, hot.copy),
+        ) || !hot.copy_valid;
         hot.copy_valid = true;
         if changed {
             (hot.quiet, hot.changes) = (0, hot.changes.saturating_add(1));
@@ -163,7 +171,7 @@ impl HotSet {
 
     fn promote(&mut self, ram: &Ram, page: u64, at: usize) {
         if let Some(copy) = self.free.pop() {
-            refresh(ram, page, &mut self.copies, copy);
+            refresh(ram, page, copy_of(&mut self.copies, self.first, copy));
             let seen = self.harvest;
             self.hot.insert(
                 at,
@@ -190,12 +198,17 @@ impl HotSet {
     }
 }
 
-/// Makes copy number `copy` equal to the page; true when it was not.
-fn refresh(ram: &Ram, page: u64, copies: &mut [u8], copy: usize) -> bool {
-    let at = copy * PAGE_SIZE;
-    match (ram.locate(page), copies.get_mut(at..at + PAGE_SIZE)) {
-        (Some((slot, page)), Some(copy)) => ram.compare_and_copy(slot, page, copy),
-        _ => true,
+/// Copy number `copy` of those that begin at `first`.
+fn copy_of(copies: &mut [u8], first: usize, copy: usize) -> &mut [u8] {
+    let at = first + copy * PAGE_SIZE;
+    copies.get_mut(at..at + PAGE_SIZE).unwrap_or_default()
+}
+
+/// Makes the copy equal to the page; true when it was not.
+fn refresh(ram: &Ram, page: u64, copy: &mut [u8]) -> bool {
+    match ram.locate(page) {
+        Some((slot, page)) => ram.compare_and_copy(slot, page, copy),
+        None => true,
     }
 }
 
