@@ -5,7 +5,7 @@ use kvm_ioctls::VmFd;
 
 use super::Source;
 use super::hot::HotSet;
-use crate::bitmap::for_each_bit;
+use crate::aligned::PageAligned;
 use crate::error::{Doing, Result};
 use crate::memory::Ram;
 use crate::sys;
@@ -14,7 +14,7 @@ use crate::sys;
 struct Slot {
     first_page: u64,
     pages: u64,
-    fetched: Box<[u64]>,
+    fetched: PageAligned<u64>,
     clear: Box<[u64]>,
 }
 
@@ -27,17 +27,30 @@ pub(super) struct BitmapSource {
 impl BitmapSource {
     pub(super) fn new(ram: &Ram, hot_pages: usize) -> Self {
         let slots = ram.regions().iter().map(|r| {
-            let words = vec![0; r.pages.div_ceil(64) as usize].into_boxed_slice();
+            let words = r.pages.div_ceil(64) as usize;
             Slot {
                 first_page: r.start,
                 pages: r.pages,
-                fetched: words.clone(),
-                clear: words,
+                fetched: PageAligned::new(words),
+                clear: vec![0; words].into(),
             }
         });
         BitmapSource {
             slots: slots.collect(),
             hot: HotSet::new(hot_pages),
+        }
+    }
+}
+
+/// Calls `each` with the words that are not zero, and where they are. Most are: a cache line is looked at
+/// as a whole.
+fn each_dirty_word(words: &[u64], mut each: impl FnMut(usize, u64)) {
+    for (line, words) in words.chunks(8).enumerate() {
+        if words.iter().fold(0, |all, word| all | word) == 0 {
+            continue;
+        }
+        for (at, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
+            each(line * 8 + at, *word);
         }
     }
 }
@@ -60,14 +73,13 @@ impl Source for BitmapSource {
                 continue;
             };
             let (mut first, mut last) = (usize::MAX, 0);
-            for (at, (word, clear)) in slot.fetched.iter().zip(slot.clear.iter_mut()).enumerate() {
-                if *word == 0 {
-                    continue;
+            each_dirty_word(&slot.fetched, |at, word| {
+                marks.mark_word(at, word);
+                if let Some(clear) = slot.clear.get_mut(at) {
+                    *clear = word;
                 }
-                marks.mark_word(at, *word);
-                *clear = *word;
                 (first, last) = (first.min(at), at);
-            }
+            });
             if first == usize::MAX {
                 continue;
             }
@@ -100,9 +112,7 @@ impl Source for BitmapSource {
         for (number, slot) in self.slots.iter_mut().enumerate() {
             sys::get_dirty_log(vm, number as u32, slot.pages, &mut slot.fetched)
                 .doing("KVM_GET_DIRTY_LOG")?;
-            for word in slot.fetched.iter().filter(|w| **w != 0) {
-                for_each_bit(*word, |_| dirty += 1);
-            }
+            each_dirty_word(&slot.fetched, |_, word| dirty += word.count_ones() as usize);
         }
         Ok(dirty)
     }

@@ -8,6 +8,7 @@
 
 use ax_wire::PAGE_SIZE;
 
+use crate::aligned::PageAligned;
 use crate::memory::Ram;
 
 /// Harvests a page must be dirty in before it is hot.
@@ -52,9 +53,7 @@ struct Candidate {
 #[derive(Debug)]
 pub(super) struct HotSet {
     hot: Vec<Hot>,
-    copies: Box<[u8]>,
-    /// Where in `copies` the first one begins: at a page's boundary, for fast copies.
-    first: usize,
+    copies: PageAligned<u8>,
     free: Vec<usize>,
     candidates: Box<[Candidate]>,
     harvest: u32,
@@ -64,11 +63,9 @@ impl HotSet {
     /// At most `max` pages.
     pub(super) fn new(max: usize) -> Self {
         let candidates = if max == 0 { 0 } else { CANDIDATES };
-        let copies: Box<[u8]> = vec![0; (max + 1) * PAGE_SIZE].into();
         HotSet {
             hot: Vec::with_capacity(max),
-            first: copies.as_ptr().align_offset(PAGE_SIZE).min(PAGE_SIZE),
-            copies,
+            copies: PageAligned::new(max * PAGE_SIZE),
             free: (0..max).rev().collect(),
             candidates: vec![Candidate::default(); candidates].into(),
             harvest: 0,
@@ -133,11 +130,8 @@ impl HotSet {
             hot.copy_valid = false;
             return true;
         }
-        let changed = refresh(
-            ram,
-            hot.page,
-            copy_of(&mut self.copies, self.first, hot.copy),
-        ) || !hot.copy_valid;
+        let changed =
+            refresh(ram, hot.page, copy_of(&mut self.copies, hot.copy)) || !hot.copy_valid;
         hot.copy_valid = true;
         if changed {
             (hot.quiet, hot.changes) = (0, hot.changes.saturating_add(1));
@@ -171,7 +165,7 @@ impl HotSet {
 
     fn promote(&mut self, ram: &Ram, page: u64, at: usize) {
         if let Some(copy) = self.free.pop() {
-            refresh(ram, page, copy_of(&mut self.copies, self.first, copy));
+            refresh(ram, page, copy_of(&mut self.copies, copy));
             let seen = self.harvest;
             self.hot.insert(
                 at,
@@ -198,9 +192,9 @@ impl HotSet {
     }
 }
 
-/// Copy number `copy` of those that begin at `first`.
-fn copy_of(copies: &mut [u8], first: usize, copy: usize) -> &mut [u8] {
-    let at = first + copy * PAGE_SIZE;
+/// Copy number `copy`.
+fn copy_of(copies: &mut [u8], copy: usize) -> &mut [u8] {
+    let at = copy * PAGE_SIZE;
     copies.get_mut(at..at + PAGE_SIZE).unwrap_or_default()
 }
 
