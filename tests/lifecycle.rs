@@ -11,8 +11,9 @@ use common::talk::{
 };
 use common::{Clients, GUEST, PATIENCE, QUIET, alone, eventually, patient, protected};
 use probe_guest::port;
+use testkit::fault::{Action, Order, Point};
 use testkit::site::{Side, Site};
-use testkit::{require_kvm, require_lab};
+use testkit::{require_fail_points, require_kvm, require_lab};
 
 /// Counts in guest memory: 1 means that the guest has booted anew since the last time.
 fn turns(site: &Site) -> String {
@@ -94,6 +95,35 @@ fn a_guest_is_reset_by_its_operator_or_by_itself_and_stays_protected() {
     eventually("b runs the guest", || answers(&site, GUEST));
     assert_eq!(turns(&site), ":1");
     assert_eq!(read(&site, &record), "kept");
+}
+
+/// Rule 26, I4: the stop names the disk that is durable, and the other one is not started from.
+#[test]
+fn a_vm_stopped_where_the_disk_is_not_durable_starts_from_the_other_one_only() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    let site = protected(patient(), &[]);
+    let record = append(&site, "kept");
+    let fail = Order::new(Point::Draining, Action::Fail);
+    site.order(Side::A, &[fail]).unwrap();
+    let (code, _, said) = axvm(&site, Side::A, &["stop", "vm"]);
+    assert_ne!(code, 0);
+    assert!(said.contains("could not be made durable"), "{said}");
+    site.order(Side::A, &[]).unwrap();
+    eventually("both processes have ended", || {
+        SIDES
+            .iter()
+            .all(|side| vm_processes(&site, *side).is_empty())
+    });
+    let (code, _, said) = axvm(&site, Side::A, &["start", "vm"]);
+    assert_ne!(code, 0, "it started from a disk that is not current");
+    assert!(!said.is_empty());
+    site.run_axvm(Side::B, &["start", "vm"]).unwrap();
+    eventually("b runs the guest", || answers(&site, GUEST));
+    assert_eq!(read(&site, &record), "kept");
+    until_state(&site, Side::B, "vm", "protected");
 }
 
 /// Rule 26: a clean stop is a record, both disks are equal, and either host may start it.

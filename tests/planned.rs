@@ -208,3 +208,111 @@ fn a_shadow_that_stands_still_during_a_planned_failover_is_given_up() {
     assert!(runs_on(&site, Side::A, Side::A));
     clients.are_content();
 }
+
+/// A step of the turn at which one side's process dies, and where the guest is then.
+fn dies_at(point: Point, victim: Side) {
+    eprintln!("{}'s process dies at {point}", victim.name());
+    let site = protected(SiteSpec::default(), &["--verify-every", "25"]);
+    let clients = Clients::start(&site);
+    let kill = Order::new(point, Action::Kill);
+    site.order(victim, &[kill]).unwrap();
+    // Refused or not: what was asked for is not what there is now.
+    let _ = site.run_axvm(Side::A, &["failover", "vm"]);
+    clients.go_on(200);
+    let survivor = victim.other();
+    eventually("the survivor says that it runs the guest", || {
+        runs_on(&site, survivor, survivor)
+    });
+    clients.are_content();
+}
+
+#[test]
+fn whoever_dies_at_any_step_of_the_turn_the_other_one_has_the_guest() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    // Told to run; runs, and nobody knows it; knows where its shadow is.
+    dies_at(Point::TakingOver, Side::B);
+    dies_at(Point::Running, Side::B);
+    dies_at(Point::Dialling, Side::B);
+    // Knows that the other side runs, and holds the only copy but that one.
+    dies_at(Point::Following, Side::A);
+}
+
+/// A guest parked for good belongs to nobody here: an order for it would wait for ever, or have it run
+/// twice.
+#[test]
+fn no_other_order_gets_between_a_planned_failover_and_its_end() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    let site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    let hold = Order::new(Point::Asking, Action::Hold(Duration::from_secs(3)));
+    site.order(Side::A, &[hold]).unwrap();
+    let mut failover = site.axvm(Side::A);
+    let mut asked = failover.args(["failover", "vm"]).spawn().unwrap();
+    site.wait_for_fault(Side::A, "vm", Point::Asking, PATIENCE)
+        .unwrap();
+    for order in ["pause", "resume", "reboot"] {
+        let mut axvm = site.axvm(Side::A);
+        let refused = axvm.args([order, "vm"]).output().unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success(), "{order}: {refused:?}");
+        assert!(said.contains("stopped or moved"), "{order}: {said}");
+    }
+    assert!(asked.wait().unwrap().success());
+    clients.go_on(200);
+    assert!(runs_on(&site, Side::A, Side::B));
+    assert!(is_protected(&site, Side::A));
+    clients.are_content();
+}
+
+/// Paused after the arbiter was looked for and before anything stopped: it would run on the other host.
+#[test]
+fn a_guest_paused_on_the_way_into_a_planned_failover_stays_paused() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    let site = protected(SiteSpec::default(), &[]);
+    let hold = Order::new(Point::Found, Action::Hold(Duration::from_secs(2)));
+    site.order(Side::A, &[hold]).unwrap();
+    let mut failover = site.axvm(Side::A);
+    let mut asked = failover.args(["failover", "vm"]).spawn().unwrap();
+    site.wait_for_fault(Side::A, "vm", Point::Found, PATIENCE)
+        .unwrap();
+    site.run_axvm(Side::A, &["pause", "vm"]).unwrap();
+    assert!(!asked.wait().unwrap().success());
+    assert!(runs_on(&site, Side::A, Side::A));
+    site.run_axvm(Side::A, &["resume", "vm"]).unwrap();
+    let clients = Clients::start(&site);
+    site.run_axvm(Side::A, &["failover", "vm"]).unwrap();
+    clients.go_on(200);
+    clients.are_content();
+}
+
+/// Rule 26, I4: a flush that fails here, where the guest was, leaves the other disk as the only one.
+#[test]
+fn a_guest_moved_from_a_disk_that_is_not_durable_runs_without_a_shadow_on_it() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    let site = protected(SiteSpec::default(), &[]);
+    let clients = Clients::start(&site);
+    let fail = Order::new(Point::Draining, Action::Fail);
+    site.order(Side::A, &[fail]).unwrap();
+    let mut failover = site.axvm(Side::A);
+    let asked = failover.args(["failover", "vm"]).output().unwrap();
+    let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert!(!asked.status.success(), "{asked:?}");
+    assert!(said.contains("could not be made durable"), "{said}");
+    clients.go_on(200);
+    eventually("b runs the guest, alone", || {
+        runs_on(&site, Side::B, Side::B) && !is_protected(&site, Side::B)
+    });
+    clients.are_content();
+}

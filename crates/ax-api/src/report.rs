@@ -133,9 +133,15 @@ impl VmReport {
             },
         };
         let healthy = match state {
-            State::Protected | State::Unprotected | State::Paused | State::Ending => true,
+            State::Protected | State::Paused | State::Ending => true,
             State::Stopped => !vm.autostart,
-            State::Starting | State::Syncing | State::Alone | State::Held | State::Unknown => false,
+            // Unprotected on purpose is unprotected all the same: the host may not die.
+            State::Unprotected
+            | State::Starting
+            | State::Syncing
+            | State::Alone
+            | State::Held
+            | State::Unknown => false,
         };
         VmReport {
             state,

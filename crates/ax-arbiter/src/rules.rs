@@ -111,7 +111,8 @@ fn next_state(record: &Record, request: &Request) -> Result<State, Why> {
             let protected = record.shadow().is_some();
             match current {
                 _ if holder != caller => Err(Why::NotHolder),
-                Copies::Both if protected => Ok(State::Stopped { epoch, current }),
+                // The holder says which disks it has seen made durable.
+                _ if protected => Ok(State::Stopped { epoch, current }),
                 Copies::Only(side) if side == caller.side => Ok(State::Stopped { epoch, current }),
                 _ => Err(Why::Copies),
             }

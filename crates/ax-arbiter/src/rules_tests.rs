@@ -157,7 +157,8 @@ fn only_the_holder_stops_and_claims_no_more_copies_than_follow() {
     };
     assert_eq!(outcome(FT, A, STOP), stopped(Copies::Both));
     assert_eq!(outcome(FT, A, STOP_A), stopped(Copies::Only(Side::A)));
-    assert_eq!(outcome(FT, A, STOP_B), Err(Why::Copies));
+    assert_eq!(outcome(FT, A, STOP_B), stopped(Copies::Only(Side::B)));
+    assert_eq!(outcome(ALONE, A, STOP_B), Err(Why::Copies));
     assert_eq!(outcome(FT, B, STOP), Err(Why::NotHolder));
     assert_eq!(outcome(ALONE, A, STOP), Err(Why::Copies));
     assert_eq!(outcome(ALONE, A, STOP_A), stopped(Copies::Only(Side::A)));

@@ -65,6 +65,19 @@ points! {
     Asking = "asking",
     /// Either side: the arbiter's grant is durable here; nobody has acted on it.
     Granted = "granted",
+    /// Primary: the arbiter was found within reach before a planned failover, which has not begun.
+    Found = "found",
+    /// Primary: the guest is parked for good, its disks are about to be made durable. Can fail: they
+    /// can't be.
+    Draining = "draining",
+    /// Old shadow of a planned failover: the guest is about to run here.
+    TakingOver = "taking-over",
+    /// New primary of a planned failover: the guest runs, nobody was told.
+    Running = "running",
+    /// New primary: the old one, now the shadow, is about to be dialled.
+    Dialling = "dialling",
+    /// Old primary of a planned failover: the guest runs on the other side, this one is about to follow.
+    Following = "following",
     /// Primary: a device raises its interrupt. Can fail: the interrupt comes too late for ever.
     Interrupt = "interrupt",
 }

@@ -54,9 +54,14 @@ pub enum Event {
     PromotionFailed,
     /// An operator asks for a planned failover.
     Failover,
-    /// The final epoch of a planned failover or stop has been acknowledged by the shadow and both
-    /// disks are durable; with no shadow: the local disk is.
-    FinalDone(EpochId),
+    /// The guest is parked for good. With a shadow: it has acknowledged the final epoch, applied it
+    /// and made its disks durable.
+    FinalDone {
+        /// The final epoch.
+        epoch: EpochId,
+        /// The local disks are durable too.
+        durable: bool,
+    },
     /// An operator, or the guest itself, ends the VM in order.
     Stop,
     /// The primary handed over: this record names this shadow as holder.
@@ -294,10 +299,12 @@ fn is_ft(record: &Record, me: Member, shadow: Incarnation) -> bool {
     matches!(record.state, State::Ft { holder, shadow: s, .. } if holder == me && s == shadow)
 }
 
-/// Whose disks are current after an orderly stop under `record`.
-fn current_copies(record: &Record, me: Member) -> Copies {
+/// Whose disks are current after an orderly stop under `record`, when those here are `durable` or not.
+/// There is no better copy than that of a holder without a shadow.
+fn current_copies(record: &Record, me: Member, durable: bool) -> Copies {
     match record.shadow() {
-        Some(_) => Copies::Both,
+        Some(_) if durable => Copies::Both,
+        Some(shadow) => Copies::Only(shadow.side),
         None => Copies::Only(me.side),
     }
 }

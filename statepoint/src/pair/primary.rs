@@ -183,7 +183,7 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
                 record,
                 goal: Goal::Handover,
             },
-            Event::FinalDone(_),
+            Event::FinalDone { .. },
         ) => (
             Phase::AskingHandover { record },
             vec![
@@ -196,11 +196,11 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
                 record,
                 goal: Goal::Stop,
             },
-            Event::FinalDone(epoch),
+            Event::FinalDone { epoch, durable },
         ) => {
             let change = Change::Stop {
                 epoch,
-                current: current_copies(&record, me),
+                current: current_copies(&record, me, durable),
             };
             let actions = vec![
                 Action::FreezeOutputs,

@@ -229,7 +229,7 @@ fn a_shadow_that_cannot_restore_what_it_acknowledged_never_asks() {
 fn a_planned_failover_parks_drains_asks_tells_and_swaps_the_roles() {
     let (pair, actions) = primary_in_ft().step(Event::Failover);
     assert_eq!(actions, [Action::ParkForGood]);
-    let (pair, actions) = pair.step(Event::FinalDone(EpochId(40)));
+    let (pair, actions) = pair.step(parked(40, true));
     assert_eq!(
         actions,
         [
@@ -261,10 +261,28 @@ fn a_planned_failover_parks_drains_asks_tells_and_swaps_the_roles() {
     assert_eq!(back.may_release(), Some(alone(4, A)));
 }
 
+fn parked(epoch: u64, durable: bool) -> Event {
+    Event::FinalDone {
+        epoch: EpochId(epoch),
+        durable,
+    }
+}
+
+/// The disks that could not be made durable are not called current (rule 26).
+#[test]
+fn a_stop_names_the_shadows_disks_alone_when_those_here_are_not_durable() {
+    let stop = |side| Change::Stop {
+        epoch: EpochId(7),
+        current: Copies::Only(side),
+    };
+    let (_, actions) = play(primary_in_ft(), [Event::Stop, parked(7, false)]);
+    assert!(actions.contains(&Action::Ask(Generation(2), stop(B.side))));
+}
+
 #[test]
 fn an_orderly_stop_is_a_record_first() {
     let (pair, _) = play(primary_in_ft(), [Event::Stop]);
-    let (pair, actions) = pair.step(Event::FinalDone(EpochId(7)));
+    let (pair, actions) = pair.step(parked(7, true));
     let stop = Change::Stop {
         epoch: EpochId(7),
         current: Copies::Both,

@@ -155,6 +155,7 @@ impl Worker {
 
     fn probe(&self) -> Heard {
         let found = self.client.look(self.pair, Instant::now() + TRY);
+        ax_failpoint::reached(Point::Found);
         Heard::Reachable(match found {
             Ok(Some(record)) => Ok(record),
             Ok(None) => Err("it does not know this VM".into()),

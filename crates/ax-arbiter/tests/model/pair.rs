@@ -122,6 +122,7 @@ pub enum Step {
     Failover(Side),
     Stop(Side),
     FinalDone(Side),
+    FinalNotDurable(Side),
     Crash(Side),
     /// A new process is started to boot the guest; it knows the record as it is.
     StartBoot(Side),

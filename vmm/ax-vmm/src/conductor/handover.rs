@@ -19,7 +19,8 @@ use std::net::SocketAddr;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use ax_api::process::Reply;
+use ax_api::process::{Reply, What};
+use ax_failpoint::Point;
 use ax_link::heartbeat::Sentinel;
 use ax_wire::peer::PeerMessage;
 use ax_wire::record::Record;
@@ -29,7 +30,7 @@ use statepoint::pair::{Event, Phase};
 use statepoint::primary::Start as EngineStart;
 use statepoint::shadow::Inheritance;
 
-use super::{Conductor, Stint};
+use super::{Conductor, Ended, Stint};
 use crate::error::Error;
 use crate::protect::{HandedOver, Protecting};
 use crate::session::Talk;
@@ -96,7 +97,9 @@ impl Conductor {
 
     /// The arbiter was looked for before a planned failover.
     pub(super) fn arbiter_found(&mut self, found: Result<Record, String>) -> Result<(), Error> {
+        let paused = self.parts.machine.is_parked();
         let refused = match (found, self.phase()) {
+            (Ok(_), _) if paused => Some("the VM was paused; `axvm resume` it first".to_owned()),
             (Err(why), _) => Some(format!(
                 "the arbiter is out of reach ({why}): nothing was stopped; try again when it answers"
             )),
@@ -119,11 +122,9 @@ impl Conductor {
 
     /// The guest is parked and its last epoch is on both sides: makes the disks durable there.
     pub(super) fn final_epoch(&mut self, epoch: EpochId) -> Result<(), Error> {
-        for image in &self.parts.images {
-            if let Err(error) = image.flush() {
-                self.events
-                    .note(format!("{}: {error}", image.path().display()));
-            }
+        self.not_durable = self.flush_disks().err();
+        if let Some(why) = &self.not_durable {
+            self.events.note(why.clone());
         }
         self.last_epoch = epoch;
         match &self.protection {
@@ -131,8 +132,49 @@ impl Conductor {
                 protection.settle();
                 Ok(())
             }
-            None => self.step(Event::FinalDone(epoch)),
+            None => self.drained(),
         }
+    }
+
+    /// The final epoch is where it is to be; what of it is durable here is known.
+    pub(super) fn drained(&mut self) -> Result<(), Error> {
+        self.step(Event::FinalDone {
+            epoch: self.last_epoch,
+            durable: self.not_durable.is_none(),
+        })
+    }
+
+    fn flush_disks(&self) -> Result<(), String> {
+        for image in self.parts.images.iter().filter(|i| !i.read_only()) {
+            let path = image.path().display();
+            image.flush().map_err(|error| format!("{path}: {error}"))?;
+        }
+        match ax_failpoint::fails(Point::Draining) {
+            true => Err("a test has the flush fail".into()),
+            false => Ok(()),
+        }
+    }
+
+    /// A flush that failed once may be said to have worked the next time, with what was written gone: the
+    /// images here are not started from any more.
+    pub(super) fn distrust_disks(&self) {
+        for image in self.parts.images.iter().filter(|i| !i.read_only()) {
+            if let Err(error) = image.meta().lock().mark_inconsistent() {
+                tracing::error!(%error, path = %image.path().display(), "it can't be marked as stale");
+            }
+        }
+    }
+
+    /// The guest runs on the other side, and the disks here are not as the final epoch left them: this
+    /// process can't follow.
+    fn end_for_its_disks(&mut self, disk: &str) {
+        self.distrust_disks();
+        let why = format!(
+            "the guest runs on the other host, without protection: the disks of this host could not be made durable: {disk}"
+        );
+        self.answer(&Reply::Refused { why: why.clone() });
+        self.events.tell(What::Ended { why, clean: false });
+        self.ended = Some(Ended::Fenced);
     }
 
     /// The old primary: the other side runs. Everything that made this process the primary ends, and
@@ -141,6 +183,11 @@ impl Conductor {
     /// # Errors
     /// It can't follow: the process ends, and the other side finds itself without a shadow.
     pub(super) fn become_shadow(&mut self, record: &Record) -> Result<(), Error> {
+        ax_failpoint::reached(Point::Following);
+        if let Some(disk) = self.not_durable.take() {
+            self.end_for_its_disks(&disk);
+            return Ok(());
+        }
         let lost = |why: &str| Error::Link(format!("after a planned failover: {why}"));
         let holder = record.holder().ok_or_else(|| lost("nobody holds"))?;
         let protection = self.protection.take();
@@ -158,6 +205,7 @@ impl Conductor {
             .retire(&mut outputs)
             .map_err(|e| lost(&e.to_string()))?;
         self.parts.machine.vacate()?;
+        self.leaving = false;
         self.parts.taps.close();
         self.parts.console.dismiss();
         let primary = Session {
@@ -211,6 +259,7 @@ impl Conductor {
             at: self.last_epoch,
         };
         let shadow = old.primary.incarnation;
+        ax_failpoint::reached(Point::Dialling);
         match self.dial(addresses, shadow, record.generation, start, None) {
             Ok(()) => Ok(PeerMessage::Done),
             Err(why) => {

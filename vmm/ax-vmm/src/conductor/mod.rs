@@ -113,6 +113,10 @@ struct Conductor {
     /// Who waits for the arbiter to be found within reach, before a planned failover begins.
     probing: Vec<mpsc::Sender<Reply>>,
     why_stopping: Option<String>,
+    /// The guest is parked, or about to be, to run on elsewhere or not at all: nothing may touch it.
+    leaving: bool,
+    /// Why the disks here could not be made durable at the guest's end here.
+    not_durable: Option<String>,
     last_epoch: EpochId,
     ended: Option<Ended>,
 }
@@ -173,6 +177,8 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         waiting: Vec::new(),
         probing: Vec::new(),
         why_stopping: None,
+        leaving: false,
+        not_durable: None,
         last_epoch: EpochId(0),
         ended: None,
         spec,
@@ -251,6 +257,8 @@ impl Conductor {
         match input {
             Input::Order(order) => self.obey(order),
             Input::Heard(heard) => self.hear(heard),
+            // It is acted on where the guest goes on, by that machine's state.
+            Input::Power(_) if self.leaving => Ok(()),
             Input::Power(what) => self.power(what),
             Input::Dialled(dialled, dial) => self.dialled(*dialled, *dial),
             Input::Protecting(stint, what) => self.protecting(stint, what),

@@ -28,6 +28,9 @@ impl Conductor {
             Request::Pause | Request::Resume if !primary => Reply::Refused {
                 why: "a shadow has no running guest".into(),
             },
+            Request::Pause | Request::Resume | Request::Reboot if self.leaving => Reply::Refused {
+                why: "the VM is being stopped or moved; try again in a moment".into(),
+            },
             Request::Pause => done(self.parts.machine.park(true).map_err(|e| e.to_string())),
             Request::Resume => done(self.parts.machine.park(false).map_err(|e| e.to_string())),
             Request::Reboot if primary => {

@@ -79,10 +79,23 @@ impl Conductor {
                 }
             }
             Action::BecomeShadow(record) => return self.become_shadow(&record),
-            Action::EndClean(_) => {
+            Action::EndClean(record) => {
                 let why = self.why_stopping.take();
-                let why = why.unwrap_or_else(|| "stopped in order".into());
-                self.events.tell(What::Ended { why, clean: true });
+                let mut why = why.unwrap_or_else(|| "stopped in order".into());
+                let clean = self.not_durable.is_none();
+                if let Some(disk) = self.not_durable.take() {
+                    let State::Stopped { current, .. } = record.state else {
+                        return Ok(());
+                    };
+                    if !current.has(self.me.side) {
+                        self.distrust_disks();
+                    }
+                    why = format!(
+                        "{why}, but the disks of this host could not be made durable: {disk}"
+                    );
+                    self.answer(&Reply::Refused { why: why.clone() });
+                }
+                self.events.tell(What::Ended { why, clean });
                 self.ended = Some(Ended::InOrder);
             }
             Action::EndFenced(ending) => {
@@ -121,6 +134,7 @@ impl Conductor {
     }
 
     fn park_for_good(&mut self) -> Result<(), Error> {
+        self.leaving = true;
         match &self.protection {
             Some(protection) => {
                 protection.engine.request_final_epoch();
@@ -141,6 +155,10 @@ impl Conductor {
             && let Err(error) = self.parts.machine.park(false)
         {
             tracing::error!(%error, "the guest could not go on");
+        }
+        self.not_durable = None;
+        if std::mem::take(&mut self.leaving) {
+            self.act_on_power();
         }
         let why = "the other side was lost on the way; the VM runs on here".into();
         self.answer(&Reply::Refused { why });

@@ -218,9 +218,7 @@ impl Conductor {
                 self.step(Event::Confirmed(generation))
             }
             Protecting::Final(epoch) => self.final_epoch(epoch),
-            Protecting::Settled(Ok(PeerMessage::Done)) => {
-                self.step(Event::FinalDone(self.last_epoch))
-            }
+            Protecting::Settled(Ok(PeerMessage::Done)) => self.drained(),
             Protecting::Settled(answer) => {
                 tracing::warn!(?answer, "the shadow could not make its disks durable");
                 self.peer_lost("link-error: the shadow could not make its disks durable".into())

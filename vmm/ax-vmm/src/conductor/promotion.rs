@@ -110,6 +110,15 @@ impl Conductor {
             took_us: took,
         });
         // A power output may have left the old primary, which died before it did what it says.
+        self.act_on_power();
+        self.keep_announcing();
+        if let Err(error) = self.parts.receive() {
+            tracing::error!(%error, "frames can't be received");
+        }
+    }
+
+    /// Does what the guest's power state asks for, if it does.
+    pub(super) fn act_on_power(&self) {
         let power = self.parts.machine.lock().power();
         if let Some(what) = power {
             let what = match what {
@@ -118,10 +127,6 @@ impl Conductor {
                 vmm::ports::Power::Crash => io_barrier::Power::Crash,
             };
             let _ = self.sender.send(Input::Power(what));
-        }
-        self.keep_announcing();
-        if let Err(error) = self.parts.receive() {
-            tracing::error!(%error, "frames can't be received");
         }
     }
 

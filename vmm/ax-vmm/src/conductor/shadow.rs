@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use ax_api::process::What;
+use ax_failpoint::Point;
 use ax_wire::Session;
 use ax_wire::peer::PeerMessage;
 use statepoint::pair::{Event, Phase};
@@ -96,8 +97,10 @@ impl Conductor {
                 PeerMessage::Done
             }
             PeerMessage::HandOver(record) => {
+                ax_failpoint::reached(Point::TakingOver);
                 self.begin_turn();
                 self.step(Event::HandedOver(record))?;
+                ax_failpoint::reached(Point::Running);
                 match &self.life {
                     Life::Paired(pair) if pair.may_release().is_some() => PeerMessage::Running,
                     _ => {

@@ -3,7 +3,7 @@
 use ax_wire::Generation;
 use ax_wire::Side;
 use ax_wire::record::Record;
-use statepoint::pair::Phase;
+use statepoint::pair::{Goal, Phase};
 
 use super::{SIDES, Step, World, at};
 
@@ -61,11 +61,15 @@ impl World {
             {
                 steps.push(Step::Stop(side));
             }
-            if let Phase::Parking { record, .. } = phase {
+            if let Phase::Parking { record, goal } = phase {
                 let acknowledged =
                     self.linked() && matches!(self.phase(other), Some(Phase::InSync { .. }));
                 if record.shadow().is_none() || acknowledged {
                     steps.push(Step::FinalDone(side));
+                    // Of a planned failover such a side does not become the shadow: as if it crashed.
+                    if acknowledged && *goal == Goal::Stop && self.budget.failures > 0 {
+                        steps.push(Step::FinalNotDurable(side));
+                    }
                 }
             }
             if self.budget.crashes > 0 {

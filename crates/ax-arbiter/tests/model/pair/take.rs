@@ -8,6 +8,13 @@ use statepoint::pair::{Event, Phase};
 
 use super::{Gate, ME, SIDES, Session, Step, World, at};
 
+fn final_done(durable: bool) -> Event {
+    Event::FinalDone {
+        epoch: EpochId(1),
+        durable,
+    }
+}
+
 impl World {
     /// What holds after the step.
     pub fn take(&mut self, step: Step) {
@@ -94,7 +101,13 @@ impl World {
                 if self.linked() && self.holds_session(side) {
                     self.disks = [true, true];
                 }
-                self.feed(side, Event::FinalDone(EpochId(1)));
+                self.feed(side, final_done(true));
+            }
+            Step::FinalNotDurable(side) => {
+                self.budget.failures -= 1;
+                self.disks = [false, false];
+                self.disks[at(side.other())] = true;
+                self.feed(side, final_done(false));
             }
             Step::Crash(side) => {
                 self.budget.crashes -= 1;
