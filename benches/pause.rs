@@ -14,11 +14,11 @@ mod common;
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::{Guest, Result, number, setting};
+use common::{Guest, Result, number, rounded, setting};
 use serde_json::{Value, json};
-use testkit::client::{Origin, port, udp};
+use testkit::client::{Origin, Percentiles, port, udp};
 use testkit::net::GUEST;
 use testkit::site::{Site, SiteSpec};
 
@@ -36,7 +36,7 @@ fn bench() -> Result<()> {
     common::on_site(SiteSpec::default(), |site| {
         println!("pause per epoch, microseconds; mutual TLS, 1 vCPU, busy");
         println!(
-            "clients  RAM   source  written  pages p50     p50     p99   park save harvest copy close resume"
+            "clients  RAM   source  written  pages p50     p50     p99   park save harvest copy close resume   echo p50   p99"
         );
         let mut results = Vec::new();
         for (asked, clients) in ["idle", "asked"].into_iter().enumerate() {
@@ -79,24 +79,35 @@ fn measure(site: &Site, time: Duration, of: &Series, results: &mut Vec<Value>) -
     guest.command("SPIN on")?;
     let origin = Origin::In(site.lab.client.net().clone());
     let echo = udp::UdpSpec::new(SocketAddr::from((GUEST, port::ECHO)));
-    let client = match of.asked {
-        true => Some(udp::start(&origin, echo)?),
-        false => None,
-    };
     for written in PAGES {
         // Every write goes to another page than the last ones did, twice as often as needed.
         let rate = written * EPOCHS[usize::from(of.asked)] * 2;
         guest.command(&format!("DIRTY {written} {rate} 64"))?;
+        let client = match of.asked {
+            true => Some(udp::start(&origin, echo)?),
+            false => None,
+        };
         std::thread::sleep(time);
         let status = guest.status()?;
+        let answered = match client {
+            None => None,
+            Some(client) => {
+                let samples = client.stop()?.samples;
+                let from = samples.started() + time / 4;
+                Some(Percentiles::of(
+                    samples.latencies_between(from, Instant::now()),
+                ))
+            }
+        };
         let pages = number(&status["pages"][0])?;
         let pause = [
             number(&status["pause_us"][0])?,
             number(&status["pause_us"][1])?,
         ];
+        let echo_us = answered.map_or([0.0; 2], |p| [rounded(p.p50), rounded(p.p99)]);
         let parts = &status["pause_parts_us"];
         println!(
-            "{clients:7}  {memory:4}  {source:6}  {written:7} {pages:10.0} {:7.0} {:7.0}   {:4} {:4} {:7} {:4} {:5} {:6}",
+            "{clients:7}  {memory:4}  {source:6}  {written:7} {pages:10.0} {:7.0} {:7.0}   {:4} {:4} {:7} {:4} {:5} {:6}   {:8.0} {:5.0}",
             pause[0],
             pause[1],
             parts["park"],
@@ -105,14 +116,13 @@ fn measure(site: &Site, time: Duration, of: &Series, results: &mut Vec<Value>) -
             parts["copy"],
             parts["close"],
             parts["resume"],
+            echo_us[0],
+            echo_us[1],
         );
         results.push(json!({
                     "clients": clients, "memory": memory, "source": source, "written": written, "pages_p50": pages,
-                    "pause_us": {"p50": pause[0], "p99": pause[1]}, "parts_us": parts,
+                    "pause_us": {"p50": pause[0], "p99": pause[1]}, "parts_us": parts, "echo_us": {"p50": echo_us[0], "p99": echo_us[1]},
                 }));
-    }
-    if let Some(client) = client {
-        client.stop()?;
     }
     Ok(())
 }

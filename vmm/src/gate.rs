@@ -358,3 +358,109 @@ impl Drop for Presence<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+
+    use super::*;
+
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+    /// Threads that live as vCPU threads do, without vCPUs. `running` counts those that run.
+    fn vcpus(n: usize, running: &Arc<AtomicUsize>) -> (Arc<Gate>, Vec<thread::JoinHandle<()>>) {
+        vmm_sys_util::signal::register_signal_handler(kick_signal(), ignore).unwrap();
+        // SAFETY: null is no flag at all.
+        let kicks = (0..n).map(|_| unsafe { Kick::new(std::ptr::null_mut()) });
+        let gate = Arc::new(Gate::new(kicks.collect()));
+        let life = |vcpu| {
+            let (gate, running) = (Arc::clone(&gate), Arc::clone(running));
+            move || {
+                let _presence = gate.enter(vcpu);
+                while gate.wait(vcpu) {
+                    running.fetch_add(1, Ordering::SeqCst);
+                    while !gate.shall_park() {
+                        thread::yield_now();
+                    }
+                    running.fetch_sub(1, Ordering::SeqCst);
+                }
+            }
+        };
+        let threads = (0..n).map(|vcpu| thread::spawn(life(vcpu))).collect();
+        gate.park().unwrap();
+        (gate, threads)
+    }
+
+    fn end(gate: &Gate, threads: Vec<thread::JoinHandle<()>>) {
+        gate.end();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn an_errand_is_done_once_with_all_parked_on_a_vcpus_thread_and_may_let_them_go() {
+        for n in [1, 4] {
+            let running = Arc::new(AtomicUsize::new(0));
+            let (gate, threads) = vcpus(n, &running);
+            let here = thread::current().id();
+            let mut elsewhere = 0;
+            for round in 0..2000 {
+                gate.go();
+                if round % 3 == 0 {
+                    thread::yield_now();
+                }
+                let mut done = 0;
+                gate.park_and(&mut || {
+                    done += 1;
+                    assert_eq!(running.load(Ordering::SeqCst), 0);
+                    elsewhere += usize::from(thread::current().id() != here);
+                    if round % 2 == 0 {
+                        gate.go();
+                    }
+                })
+                .unwrap();
+                assert_eq!(done, 1);
+                // Parked already, or parked again while the errand's thread is on its way back.
+                gate.park().unwrap();
+                assert_eq!(running.load(Ordering::SeqCst), 0);
+            }
+            assert!(
+                elsewhere > 0,
+                "the errand was never done on a vCPU's thread"
+            );
+            end(&gate, threads);
+        }
+    }
+
+    #[test]
+    fn with_all_parked_the_caller_does_the_errand() {
+        let (gate, threads) = vcpus(2, &Arc::default());
+        let here = thread::current().id();
+        let mut there = None;
+        gate.park_and(&mut || there = Some(thread::current().id()))
+            .unwrap();
+        assert_eq!(there, Some(here));
+        end(&gate, threads);
+    }
+
+    #[test]
+    fn an_errand_that_panics_is_an_error_and_waits_for_nobody() {
+        let running = Arc::new(AtomicUsize::new(0));
+        let (gate, threads) = vcpus(1, &running);
+        gate.go();
+        while running.load(Ordering::SeqCst) == 0 {
+            thread::yield_now();
+        }
+        let failed = gate.park_and(&mut || panic!("as a test asks"));
+        assert!(matches!(failed, Err(Error::VcpuGone)));
+        assert!(matches!(gate.park(), Err(Error::VcpuGone)));
+        let mut done = false;
+        assert!(gate.park_and(&mut || done = true).is_err());
+        assert!(!done, "no vCPU can be said to be parked");
+        gate.end();
+        assert!(threads.into_iter().all(|thread| thread.join().is_err()));
+    }
+}

@@ -38,6 +38,42 @@ fn a_paused_guest_stands_still_and_a_resumed_one_goes_on() {
     }
 }
 
+/// As the epochs do it: nobody has the machine locked while the vCPUs are parked.
+#[test]
+fn what_is_done_while_parked_sees_a_guest_that_stands_still_whatever_thread_does_it() {
+    let caps = require_kvm!();
+    for vcpus in [1, 4] {
+        let outputs = Arc::default();
+        let mut machine = booted(&caps, &config(Mode::Count, vcpus, 0, BITMAP), &outputs);
+        machine.start().unwrap();
+        let machine = parking_lot::Mutex::new(machine);
+        let mut random = Random(11);
+        let mut rounds = 0;
+        for _ in 0..200 {
+            random.nap(300);
+            let parking = machine.lock().parking().unwrap().expect("it runs");
+            parking
+                .run(&mut || {
+                    let mut machine = machine.lock();
+                    machine.parked().unwrap();
+                    let before = ram(&machine);
+                    assert!(before == ram(&machine), "guest memory changed while parked");
+                    assert!(machine.parking().unwrap().is_none(), "it is paused");
+                    machine.resume().unwrap();
+                    rounds += 1;
+                })
+                .unwrap();
+        }
+        assert_eq!(rounds, 200);
+        for vcpu in 0..u64::from(vcpus) {
+            let before = word(&machine.lock(), COUNTERS + 64 * vcpu);
+            eventually("every vCPU goes on", || {
+                word(&machine.lock(), COUNTERS + 64 * vcpu) > before
+            });
+        }
+    }
+}
+
 #[test]
 fn halted_vcpus_are_kicked_and_woken_by_their_timers() {
     let caps = require_kvm!();
