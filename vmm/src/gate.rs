@@ -188,7 +188,11 @@ impl Gate {
         struct Report<'a>(&'a Gate, bool);
         impl Drop for Report<'_> {
             fn drop(&mut self) {
-                self.0.state.lock().errand = Errand::Done(self.1);
+                let mut state = self.0.state.lock();
+                state.errand = Errand::Done(self.1);
+                // It unwinds: no vCPU runs here any more.
+                state.gone |= !self.1;
+                drop(state);
                 self.0.all_parked.notify_all();
             }
         }
