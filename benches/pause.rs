@@ -78,13 +78,15 @@ fn measure(site: &Site, time: Duration, of: &Series, results: &mut Vec<Value>) -
     )?;
     guest.command("SPIN on")?;
     let origin = Origin::In(site.lab.client.net().clone());
-    let echo = udp::UdpSpec::new(SocketAddr::from((GUEST, port::ECHO)));
     for written in PAGES {
         // Every write goes to another page than the last ones did, twice as often as needed.
         let rate = written * EPOCHS[usize::from(of.asked)] * 2;
         guest.command(&format!("DIRTY {written} {rate} 64"))?;
         let client = match of.asked {
-            true => Some(udp::start(&origin, echo)?),
+            true => {
+                let echo = udp::UdpSpec::new(SocketAddr::from((GUEST, port::ECHO)));
+                Some(udp::start(&origin, echo)?)
+            }
             false => None,
         };
         std::thread::sleep(time);

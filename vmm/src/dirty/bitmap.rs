@@ -15,6 +15,9 @@ struct Slot {
     first_page: u64,
     pages: u64,
     fetched: PageAligned<u64>,
+    /// What an estimate fetches: on another thread than a capture, whose core keeps `fetched` in its
+    /// caches.
+    looked_at: PageAligned<u64>,
     clear: Box<[u64]>,
 }
 
@@ -32,6 +35,7 @@ impl BitmapSource {
                 first_page: r.start,
                 pages: r.pages,
                 fetched: PageAligned::new(words),
+                looked_at: PageAligned::new(words),
                 clear: vec![0; words].into(),
             }
         });
@@ -110,9 +114,11 @@ impl Source for BitmapSource {
     fn estimate(&mut self, vm: &VmFd, _: &Ram) -> Result<usize> {
         let mut dirty = 0;
         for (number, slot) in self.slots.iter_mut().enumerate() {
-            sys::get_dirty_log(vm, number as u32, slot.pages, &mut slot.fetched)
+            sys::get_dirty_log(vm, number as u32, slot.pages, &mut slot.looked_at)
                 .doing("KVM_GET_DIRTY_LOG")?;
-            each_dirty_word(&slot.fetched, |_, word| dirty += word.count_ones() as usize);
+            each_dirty_word(&slot.looked_at, |_, word| {
+                dirty += word.count_ones() as usize
+            });
         }
         Ok(dirty)
     }
