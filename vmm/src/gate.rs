@@ -11,7 +11,7 @@
 //! last is in that core's caches.
 //!
 //! A *halted* guest (powered off, crashed, waiting for its reset) counts as parked until
-//! [`Gate::revive`].
+//! [`Gate::set_halted`] says otherwise.
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU8, AtomicU64, Ordering, fence};

@@ -84,10 +84,9 @@ impl Conductor {
                 let mut why = why.unwrap_or_else(|| "stopped in order".into());
                 let clean = self.not_durable.is_none();
                 if let Some(disk) = self.not_durable.take() {
-                    let State::Stopped { current, .. } = record.state else {
-                        return Ok(());
-                    };
-                    if !current.has(self.me.side) {
+                    if let State::Stopped { current, .. } = record.state
+                        && !current.has(self.me.side)
+                    {
                         self.distrust_disks();
                     }
                     why = format!(
