@@ -3,6 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ax_api::host::Code;
 use ax_link::{Acceptor, HostName, Identity, Security, TrustStore};
@@ -47,15 +48,26 @@ pub fn claim_data_dir(data_dir: &Path) -> Result<File, Failure> {
     let failed = |e: &std::io::Error| Failure::io(format!("using {}", path.display()), e);
     std::fs::create_dir_all(data_dir).map_err(|e| failed(&e))?;
     let file = File::create(&path).map_err(|e| failed(&e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Failure::new(
-            Code::State,
-            format!("another axd uses {}", data_dir.display()),
-        )),
-        Err(TryLockError::Error(e)) => Err(failed(&e)),
+    let deadline = Instant::now() + DYING;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Failure::new(
+                    Code::State,
+                    format!("another axd uses {}", data_dir.display()),
+                ));
+            }
+            Err(TryLockError::Error(e)) => return Err(failed(&e)),
+        }
     }
 }
+
+/// How long an axd that was killed may keep its lock: the kernel closes its files last.
+const DYING: Duration = Duration::from_millis(500);
 
 /// The `ax-vmm` program: `$AX_VMM`, the configured one, or the one beside axd.
 pub fn program(config: &Config) -> PathBuf {
