@@ -7,7 +7,8 @@ mod common;
 use std::time::Duration;
 
 use common::talk::{
-    SIDES, Talk, answers, assert_stopped, axvm, last_order, state, text, until_state, vm_processes,
+    SIDES, Talk, answers, append, assert_stopped, axvm, last_order, read, state, text, until_state,
+    vm_processes,
 };
 use common::{Clients, GUEST, PATIENCE, QUIET, alone, eventually, patient, protected};
 use probe_guest::port;
@@ -19,16 +20,6 @@ use testkit::{require_fail_points, require_kvm, require_lab};
 fn turns(site: &Site) -> String {
     let mut resp = Talk::open(site, GUEST, port::RESP, PATIENCE).unwrap();
     resp.ask("*2\r\n$4\r\nINCR\r\n$5\r\nturns\r").unwrap()
-}
-
-fn append(site: &Site, record: &str) -> String {
-    let mut ledger = Talk::open(site, GUEST, port::LEDGER, PATIENCE).unwrap();
-    ledger.ask(&format!("APPEND {record}")).unwrap()
-}
-
-fn read(site: &Site, number: &str) -> String {
-    let mut ledger = Talk::open(site, GUEST, port::LEDGER, PATIENCE).unwrap();
-    ledger.ask(&format!("READ {number}")).unwrap()
 }
 
 #[test]

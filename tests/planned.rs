@@ -7,7 +7,10 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Clients, PATIENCE, QUIET, alone, eventually, protected};
+use common::talk::{SIDES, answers, append, axvm, read, until_state};
+use common::{
+    Clients, GUEST, PATIENCE, QUIET, alone, eventually, patient, protected, protected_with_disk,
+};
 use testkit::fault::{Action, Order, Point};
 use testkit::site::{Side, Site, SiteSpec};
 use testkit::{require_fail_points, require_kvm, require_lab};
@@ -136,6 +139,15 @@ fn a_primary_that_dies_between_the_grant_and_telling_it_has_handed_over() {
     }
 }
 
+/// The guest goes on, and the survivor says that it has it.
+fn lives_on(site: &Site, clients: Clients, survivor: Side) {
+    clients.go_on(200);
+    eventually("the survivor says that it runs the guest", || {
+        runs_on(site, survivor, survivor)
+    });
+    clients.are_content();
+}
+
 /// A host dies at a moment of a planned failover: the other one has the guest, and one only.
 fn dies_on_the_way(victim: Side, after: Duration) {
     let site = protected(SiteSpec::default(), &[]);
@@ -144,14 +156,9 @@ fn dies_on_the_way(victim: Side, after: Duration) {
     let mut asked = failover.args(["failover", "vm"]).spawn().unwrap();
     std::thread::sleep(after);
     site.host(victim).kill_all().unwrap();
-    clients.go_on(200);
+    lives_on(&site, clients, victim.other());
     // Its word counts for nothing: the daemon it asked may be the one that died.
     let _ = asked.wait();
-    let survivor = victim.other();
-    eventually("the survivor says that it runs the guest", || {
-        runs_on(&site, survivor, survivor)
-    });
-    clients.are_content();
 }
 
 #[test]
@@ -218,12 +225,7 @@ fn dies_at(point: Point, victim: Side) {
     site.order(victim, &[kill]).unwrap();
     // Refused or not: what was asked for is not what there is now.
     let _ = site.run_axvm(Side::A, &["failover", "vm"]);
-    clients.go_on(200);
-    let survivor = victim.other();
-    eventually("the survivor says that it runs the guest", || {
-        runs_on(&site, survivor, survivor)
-    });
-    clients.are_content();
+    lives_on(&site, clients, victim.other());
 }
 
 #[test]
@@ -315,4 +317,36 @@ fn a_guest_moved_from_a_disk_that_is_not_durable_runs_without_a_shadow_on_it() {
         runs_on(&site, Side::B, Side::B) && !is_protected(&site, Side::B)
     });
     clients.are_content();
+}
+
+/// I4: both die while the record calls the old side's disk as good as the new one's (FLUSHes are durable on
+/// both), which it is not.
+#[test]
+fn a_disk_that_is_not_durable_is_not_started_from_though_both_die_while_the_record_names_it() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    let disk = "vm.img,size=64M,secondary=sync";
+    let site = protected_with_disk(disk, patient(), &[]);
+    let record = append(&site, "kept");
+    let undone = Order::new(Point::Draining, Action::Fail);
+    let dies = |point| Order::new(point, Action::Kill);
+    site.order(Side::A, &[undone, dies(Point::Following)])
+        .unwrap();
+    site.order(Side::B, &[dies(Point::Asking)]).unwrap();
+    assert!(site.run_axvm(Side::A, &["failover", "vm"]).is_err());
+    for side in SIDES {
+        until_state(&site, side, "vm", "stopped");
+    }
+    for side in SIDES {
+        site.order(side, &[]).unwrap();
+    }
+    let (code, _, said) = axvm(&site, Side::A, &["start", "vm"]);
+    assert_ne!(code, 0, "it started from a disk that is not durable");
+    assert!(said.contains("vm.img"), "{said}");
+    site.run_axvm(Side::B, &["start", "vm"]).unwrap();
+    eventually("b runs the guest", || answers(&site, GUEST));
+    assert_eq!(read(&site, &record), "kept");
+    assert!(is_protected(&site, Side::B));
 }

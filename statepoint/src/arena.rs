@@ -1,27 +1,19 @@
 //! Fixed buffers whose pages cost nothing until they are used.
 
-use ax_wire::PAGE_SIZE;
+use ax_wire::PageAligned;
 
 /// A fixed buffer filled from its start. Its memory comes zeroed from the kernel, so that only what
 /// was ever used is resident.
-///
-/// It begins at a page's boundary, as guest pages do: where source and destination of a copy lie a few
-/// bytes apart modulo 4096, as they do with what `malloc` gives, `rep movsb` (which glibc 2.36 takes for
-/// copies of 4 to 512 KiB) is ten times slower on AMD's Zen 3 and 4 (glibc bug 30995).
 #[derive(Debug)]
 pub(crate) struct Arena {
-    bytes: Vec<u8>,
-    start: usize,
+    bytes: PageAligned<u8>,
     len: usize,
 }
 
 impl Arena {
     pub(crate) fn new(capacity: usize) -> Arena {
-        let bytes = vec![0u8; capacity + PAGE_SIZE];
-        let start = bytes.as_ptr().align_offset(PAGE_SIZE).min(PAGE_SIZE);
         Arena {
-            bytes,
-            start,
+            bytes: PageAligned::new(capacity),
             len: 0,
         }
     }
@@ -29,12 +21,7 @@ impl Arena {
     /// The next `len` bytes (with whatever they held before), or none when they do not fit.
     pub(crate) fn grab(&mut self, len: usize) -> Option<&mut [u8]> {
         let end = self.len.checked_add(len)?;
-        if end > self.capacity() {
-            return None;
-        }
-        let slice = self
-            .bytes
-            .get_mut(self.start + self.len..self.start + end)?;
+        let slice = self.bytes.get_mut(self.len..end)?;
         self.len = end;
         Some(slice)
     }
@@ -44,12 +31,10 @@ impl Arena {
     }
 
     pub(crate) fn capacity(&self) -> usize {
-        self.bytes.len() - PAGE_SIZE
+        self.bytes.len()
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
-        self.bytes
-            .get(self.start..self.start + self.len)
-            .unwrap_or_default()
+        self.bytes.get(..self.len).unwrap_or_default()
     }
 }

@@ -44,22 +44,21 @@ pub trait Guest {
     fn pause(&mut self) -> Result<(), GuestError>;
 
     /// Pauses the guest that `of` finds in `whole` and then calls `act` once, on whatever thread is best
-    /// for it: the one that ran the guest has what it wrote in its caches. Returns when `act` has, which
-    /// may have resumed the guest.
+    /// for it: the one that ran the guest has what it wrote in its caches. Returns what `act` has
+    /// returned, which may have resumed the guest.
     ///
     /// # Errors
     /// As [`Guest::pause`]; `act` was not called.
-    fn pause_and<T: Send>(
+    fn pause_and<T: Send, R: Send>(
         whole: &mut T,
         of: impl Fn(&mut T) -> &mut Self,
-        act: impl FnOnce(&mut T) + Send,
-    ) -> Result<(), GuestError>
+        act: impl FnOnce(&mut T) -> R + Send,
+    ) -> Result<R, GuestError>
     where
         Self: Sized,
     {
         of(whole).pause()?;
-        act(whole);
-        Ok(())
+        Ok(act(whole))
     }
 
     /// Appends all CPU, irqchip, clock and device state. Only while paused, before `harvest`.

@@ -136,8 +136,8 @@ pub struct Parts<T> {
 }
 
 impl<T> Parts<T> {
-    /// The same parts of something else.
-    pub fn map<'a, U>(&'a self, of: impl Fn(&'a T) -> U) -> Parts<U> {
+    /// Something of each part, taken in their order.
+    pub fn map<'a, U>(&'a self, mut of: impl FnMut(&'a T) -> U) -> Parts<U> {
         Parts {
             park: of(&self.park),
             save: of(&self.save),
@@ -148,24 +148,15 @@ impl<T> Parts<T> {
         }
     }
 
-    /// Calls `each` with every part and that of `other`, in their order.
-    pub fn with<U>(&self, other: &Parts<U>, mut each: impl FnMut(&T, &U)) {
-        each(&self.park, &other.park);
-        each(&self.save, &other.save);
-        each(&self.harvest, &other.harvest);
-        each(&self.copy, &other.copy);
-        each(&self.close, &other.close);
-        each(&self.resume, &other.resume);
-    }
-
-    fn since<U>(&self, earlier: Option<&Parts<T>>, of: impl Fn(&T, Option<&T>) -> U) -> Parts<U> {
+    /// Each part with that of `other`.
+    pub fn zip<'a, U>(&'a self, other: &'a Parts<U>) -> Parts<(&'a T, &'a U)> {
         Parts {
-            park: of(&self.park, earlier.map(|e| &e.park)),
-            save: of(&self.save, earlier.map(|e| &e.save)),
-            harvest: of(&self.harvest, earlier.map(|e| &e.harvest)),
-            copy: of(&self.copy, earlier.map(|e| &e.copy)),
-            close: of(&self.close, earlier.map(|e| &e.close)),
-            resume: of(&self.resume, earlier.map(|e| &e.resume)),
+            park: (&self.park, &other.park),
+            save: (&self.save, &other.save),
+            harvest: (&self.harvest, &other.harvest),
+            copy: (&self.copy, &other.copy),
+            close: (&self.close, &other.close),
+            resume: (&self.resume, &other.resume),
         }
     }
 }
@@ -261,7 +252,10 @@ impl Reading {
         let more = |of: fn(&Reading) -> u64| of(self).saturating_sub(earlier.map_or(0, of));
         Snapshot {
             pause_ns: times(|r| &r.pause),
-            parts_ns: self.parts.since(earlier.map(|e| &e.parts), Counts::since),
+            parts_ns: match earlier {
+                Some(e) => (self.parts.zip(&e.parts)).map(|(now, then)| now.since(Some(then))),
+                None => self.parts.map(|now| now.since(None)),
+            },
             pages: times(|r| &r.pages),
             ship_ns: times(|r| &r.ship),
             commit_ns: times(|r| &r.commit),

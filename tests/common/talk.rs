@@ -9,7 +9,7 @@ use probe_guest::port;
 use serde_json::Value;
 use testkit::site::{Side, Site};
 
-use super::{PATIENCE, eventually};
+use super::{GUEST, PATIENCE, eventually};
 
 /// Both hosts of a pair.
 pub const SIDES: [Side; 2] = [Side::A, Side::B];
@@ -118,6 +118,18 @@ pub fn until_state(site: &Site, ask: Side, vm: &str, wanted: &str) {
 pub fn vm_processes(site: &Site, side: Side) -> Vec<(u32, String)> {
     let all = site.host(side).processes().into_iter();
     all.filter(|(_, line)| line.contains(" --spec ")).collect()
+}
+
+/// Appends a record to the guest's ledger; its number.
+pub fn append(site: &Site, record: &str) -> String {
+    let mut ledger = Talk::open(site, GUEST, port::LEDGER, PATIENCE).unwrap();
+    ledger.ask(&format!("APPEND {record}")).unwrap()
+}
+
+/// Reads a record of the guest's ledger.
+pub fn read(site: &Site, number: &str) -> String {
+    let mut ledger = Talk::open(site, GUEST, port::LEDGER, PATIENCE).unwrap();
+    ledger.ask(&format!("READ {number}")).unwrap()
 }
 
 /// A VM's image on a host.

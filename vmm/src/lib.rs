@@ -17,7 +17,6 @@
 //! - [`machine`]: all of it together; `handle`: what other threads may do with it;
 //! - [`selfcheck`]: whether this host's KVM keeps what all of it builds on.
 
-mod aligned;
 pub mod bitmap;
 pub mod boot;
 pub mod caps;

@@ -10,11 +10,13 @@
 //!   two hosts can be a pair;
 //! - [`stream`]: the epoch stream and what comes back;
 //! - [`peer`]: what the two processes of a pair tell each other besides epochs;
-//! - [`heartbeat`]: that the other side lives, and how far it has come.
+//! - [`heartbeat`]: that the other side lives, and how far it has come;
+//! - [`PageAligned`]: where pages are kept on their way.
 //!
 //! Nothing here does I/O. Everything read from a peer is hostile until parsed: a parser returns
 //! a value that is right by its type, or an error that says what was wrong and where.
 
+mod aligned;
 pub mod channel;
 pub mod frame;
 pub mod heartbeat;
@@ -26,6 +28,7 @@ pub mod records;
 pub mod state;
 pub mod stream;
 
+pub use aligned::PageAligned;
 pub use ids::{EpochId, Generation, Incarnation, PairId, Session, Side};
 
 /// Size of a guest page, bytes. The handshake refuses a host that uses another size.

@@ -79,13 +79,6 @@ fn step(point: Point) -> Result<(), CaptureError> {
     Ok(())
 }
 
-fn never_ran() -> GuestError {
-    GuestError {
-        doing: "capture",
-        source: "the guest was paused, but nothing was done with it".into(),
-    }
-}
-
 impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
     /// Captures the open epoch into `slot` in the order of rule 3, memory last, then closes the
     /// epoch's outputs and disk writes, which cannot fail any more, then resumes, unless the guest
@@ -99,22 +92,15 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
             return self.capture_paused(slot, stay, since);
         }
         let began = self.shared.clock.now_ns();
-        let mut captured = None;
-        let paused = G::pause_and(
+        let captured = G::pause_and(
             self,
             |engine| &mut engine.guest,
             |engine| {
                 engine.parked_since = Some(began);
-                captured = Some(engine.capture_paused(slot, stay, began));
+                engine.capture_paused(slot, stay, began)
             },
         );
-        match (captured, paused) {
-            (Some(captured), _) => captured,
-            (None, paused) => {
-                let error = paused.err().unwrap_or_else(never_ran);
-                self.undo(error.into())
-            }
-        }
+        captured.unwrap_or_else(|error| self.undo(error.into()))
     }
 
     /// The rest of [`Self::capture`], with the guest paused since a pause that `began` then.
@@ -163,9 +149,9 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
                 .pause
                 .record(self.ends.resume.saturating_sub(began));
             let mut last = began;
-            counters.parts.with(&self.ends, |histogram, end| {
+            counters.parts.zip(&self.ends).map(|(histogram, end)| {
                 histogram.record(end.saturating_sub(last));
-                last = *end;
+                last = **end;
             });
         }
     }

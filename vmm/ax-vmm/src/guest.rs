@@ -139,24 +139,22 @@ impl Guest for EpochGuest {
             .inspect_err(|_| self.0.end_turn())
     }
 
-    fn pause_and<T: Send>(
+    fn pause_and<T: Send, R: Send>(
         whole: &mut T,
         of: impl Fn(&mut T) -> &mut Self,
-        act: impl FnOnce(&mut T) + Send,
-    ) -> Result<(), GuestError> {
+        act: impl FnOnce(&mut T) -> R + Send,
+    ) -> Result<R, GuestError> {
         let shared = Arc::clone(&of(whole).0);
         shared.take_turn();
         let mut act = Some(act);
-        let mut quiet = Ok(());
+        let mut done = Err(vmm::Error::VcpuGone);
         // Not with the machine locked: `act` locks it, on another thread.
         let parking = shared.lock().parking();
         let parked = parking.and_then(|parking| {
             let mut then = || {
-                quiet = shared.lock().parked();
-                if quiet.is_ok()
-                    && let Some(act) = act.take()
-                {
-                    act(whole);
+                let quiet = shared.lock().parked();
+                if let Some(act) = act.take() {
+                    done = quiet.map(|()| act(whole));
                 }
             };
             match parking {
@@ -168,7 +166,7 @@ impl Guest for EpochGuest {
             }
         });
         parked
-            .and(quiet)
+            .and(done)
             .map_err(failed("pause"))
             .inspect_err(|_| shared.end_turn())
     }

@@ -1,11 +1,11 @@
 //! KVM's dirty bitmap with manual protect: fetched as a whole, protected again page by page, except
 //! for the hot set.
 
+use ax_wire::PageAligned;
 use kvm_ioctls::VmFd;
 
 use super::Source;
 use super::hot::HotSet;
-use crate::aligned::PageAligned;
 use crate::error::{Doing, Result};
 use crate::memory::Ram;
 use crate::sys;

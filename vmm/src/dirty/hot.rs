@@ -6,9 +6,8 @@
 //! changed so often that it is taken for changed most times. When it has not changed for [`COOL`]
 //! harvests it is protected again.
 
-use ax_wire::PAGE_SIZE;
+use ax_wire::{PAGE_SIZE, PageAligned};
 
-use crate::aligned::PageAligned;
 use crate::memory::Ram;
 
 /// Harvests a page must be dirty in before it is hot.

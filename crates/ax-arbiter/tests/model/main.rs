@@ -149,6 +149,7 @@ fn orderly_stops() {
         suspicions: 1,
         restarts: 1,
         stops: 1,
+        failures: 1,
         ..NOTHING
     };
     check("stops", budget, Flush::Local);

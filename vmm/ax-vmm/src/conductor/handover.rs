@@ -136,8 +136,13 @@ impl Conductor {
         }
     }
 
-    /// The final epoch is where it is to be; what of it is durable here is known.
+    /// The final epoch is where it is to be; what of it is durable here is known. Disks here that are
+    /// not are marked before anybody is asked: from the grant on a record may name this side in sync, and
+    /// this process may die at any moment (I4).
     pub(super) fn drained(&mut self) -> Result<(), Error> {
+        if self.protection.is_some() && self.not_durable.is_some() {
+            self.trust_disks(false);
+        }
         self.step(Event::FinalDone {
             epoch: self.last_epoch,
             durable: self.not_durable.is_none(),
@@ -155,12 +160,19 @@ impl Conductor {
         }
     }
 
-    /// A flush that failed once may be said to have worked the next time, with what was written gone: the
-    /// images here are not started from any more.
-    pub(super) fn distrust_disks(&self) {
+    /// Durably says whether the images here may be started from. A flush that failed once may be said to
+    /// have worked the next time, with what was written gone: then they may not, while there is a better
+    /// copy.
+    pub(super) fn trust_disks(&self, trusted: bool) {
         for image in self.parts.images.iter().filter(|i| !i.read_only()) {
-            if let Err(error) = image.meta().lock().mark_inconsistent() {
-                tracing::error!(%error, path = %image.path().display(), "it can't be marked as stale");
+            let mut meta = image.meta().lock();
+            let generation = meta.generation();
+            let marked = match trusted {
+                true => meta.mark_consistent(generation),
+                false => meta.mark_inconsistent(),
+            };
+            if let Err(error) = marked {
+                tracing::error!(%error, trusted, path = %image.path().display(), "it can't be marked");
             }
         }
     }
@@ -168,7 +180,6 @@ impl Conductor {
     /// The guest runs on the other side, and the disks here are not as the final epoch left them: this
     /// process can't follow.
     fn end_for_its_disks(&mut self, disk: &str) {
-        self.distrust_disks();
         let why = format!(
             "the guest runs on the other host, without protection: the disks of this host could not be made durable: {disk}"
         );

@@ -79,16 +79,11 @@ impl Conductor {
                 }
             }
             Action::BecomeShadow(record) => return self.become_shadow(&record),
-            Action::EndClean(record) => {
+            Action::EndClean(_) => {
                 let why = self.why_stopping.take();
                 let mut why = why.unwrap_or_else(|| "stopped in order".into());
                 let clean = self.not_durable.is_none();
                 if let Some(disk) = self.not_durable.take() {
-                    if let State::Stopped { current, .. } = record.state
-                        && !current.has(self.me.side)
-                    {
-                        self.distrust_disks();
-                    }
                     why = format!(
                         "{why}, but the disks of this host could not be made durable: {disk}"
                     );
@@ -155,7 +150,10 @@ impl Conductor {
         {
             tracing::error!(%error, "the guest could not go on");
         }
-        self.not_durable = None;
+        // The only copy that goes on.
+        if self.not_durable.take().is_some() {
+            self.trust_disks(true);
+        }
         if std::mem::take(&mut self.leaving) {
             self.act_on_power();
         }

@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
-use ax_wire::PAGE_SIZE;
+use crate::PAGE_SIZE;
 
 /// Zeroed memory that begins at a page's boundary, as what is copied into it does.
 ///
@@ -10,7 +10,7 @@ use ax_wire::PAGE_SIZE;
 /// `malloc` gives, `rep movsb` is ten times slower on AMD's Zen 3 and 4. glibc 2.36 takes it for
 /// copies of 4 to 512 KiB (glibc bug 30995), the kernel for any that it hands to a process.
 #[derive(Debug)]
-pub(crate) struct PageAligned<T> {
+pub struct PageAligned<T> {
     memory: Vec<T>,
     start: usize,
     len: usize,
@@ -18,7 +18,7 @@ pub(crate) struct PageAligned<T> {
 
 impl<T: Clone + Default> PageAligned<T> {
     /// `len` values, resident only as far as they were ever written.
-    pub(crate) fn new(len: usize) -> Self {
+    pub fn new(len: usize) -> Self {
         let spare = PAGE_SIZE / size_of::<T>().max(1);
         let memory = vec![T::default(); len + spare];
         let start = memory.as_ptr().align_offset(PAGE_SIZE).min(spare);
