@@ -122,9 +122,10 @@ fn measure(site: &Site, time: Duration, of: &Series, results: &mut Vec<Value>) -
             echo_us[1],
         );
         results.push(json!({
-                    "clients": clients, "memory": memory, "source": source, "written": written, "pages_p50": pages,
-                    "pause_us": {"p50": pause[0], "p99": pause[1]}, "parts_us": parts, "echo_us": {"p50": echo_us[0], "p99": echo_us[1]},
-                }));
+            "clients": clients, "memory": memory, "source": source, "written": written,
+            "pages_p50": pages, "pause_us": {"p50": pause[0], "p99": pause[1]}, "parts_us": parts,
+            "echo_us": {"p50": echo_us[0], "p99": echo_us[1]},
+        }));
     }
     Ok(())
 }

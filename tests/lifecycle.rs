@@ -103,14 +103,12 @@ fn a_vm_stopped_where_the_disk_is_not_durable_starts_from_the_other_one_only() {
     assert_ne!(code, 0);
     assert!(said.contains("could not be made durable"), "{said}");
     site.order(Side::A, &[]).unwrap();
-    eventually("both processes have ended", || {
-        SIDES
-            .iter()
-            .all(|side| vm_processes(&site, *side).is_empty())
-    });
+    for side in SIDES {
+        until_state(&site, side, "vm", "stopped");
+    }
     let (code, _, said) = axvm(&site, Side::A, &["start", "vm"]);
     assert_ne!(code, 0, "it started from a disk that is not current");
-    assert!(!said.is_empty());
+    assert!(said.contains("vm.img"), "{said}");
     site.run_axvm(Side::B, &["start", "vm"]).unwrap();
     eventually("b runs the guest", || answers(&site, GUEST));
     assert_eq!(read(&site, &record), "kept");

@@ -79,6 +79,8 @@ pub struct World {
     pub processes: [Option<Process>; 2],
     /// Each side's disk, durable, contains everything that was shown.
     pub disks: [bool; 2],
+    /// Each side's disk is durably marked: no guest is booted from it.
+    marked: [bool; 2],
     /// Each side's permission to release by its shadow's last acknowledgement still lasts (rule 24).
     pub permits: [bool; 2],
     session: Option<Session>,
@@ -142,6 +144,7 @@ impl World {
             record: Record::defined(Copies::Both, ME),
             processes: [None, None],
             disks: [true, true],
+            marked: [false, false],
             permits: [false, false],
             session: None,
             strays: Vec::new(),
@@ -284,6 +287,8 @@ impl World {
                         session.told = Some(record);
                     }
                 }
+                // What a marked disk lacks nobody sends it.
+                Action::BecomeShadow(_) if self.marked[at(side)] => self.end(side),
                 Action::BecomeShadow(_) => {
                     self.session = Some(Session {
                         holder: side.other(),
@@ -331,7 +336,11 @@ impl World {
                 } | Phase::AskingStop { .. }
             )
         );
-        !stopping && (shadow_in_sync || not_current(&self.record, side).is_none())
+        let holds = self.processes[at(side)]
+            .as_ref()
+            .is_some_and(|process| self.record.holder() == Some(process.pair.me));
+        let may_boot = not_current(&self.record, side).is_none() && !self.marked[at(side)];
+        !stopping && (shadow_in_sync || holds || may_boot)
     }
 
     /// What becomes of this side when the other is gone for good, nothing else fails, and whoever

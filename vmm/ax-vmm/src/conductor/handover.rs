@@ -20,6 +20,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ax_api::process::{Reply, What};
+use ax_disk::Condition;
 use ax_failpoint::Point;
 use ax_link::heartbeat::Sentinel;
 use ax_wire::peer::PeerMessage;
@@ -138,10 +139,20 @@ impl Conductor {
 
     /// The final epoch is where it is to be; what of it is durable here is known. Disks here that are
     /// not are marked before anybody is asked: from the grant on a record may name this side in sync, and
-    /// this process may die at any moment (I4).
+    /// this process may die at any moment (I4). The mark stays on a guest that goes on here after all,
+    /// until it ends with its disks durable or another copy takes their place.
     pub(super) fn drained(&mut self) -> Result<(), Error> {
-        if self.protection.is_some() && self.not_durable.is_some() {
-            self.trust_disks(false);
+        let marked = match (&self.protection, &self.not_durable) {
+            (Some(_), Some(_)) => self.mark_disks(Condition::Inconsistent),
+            (None, None) => self.mark_disks(Condition::Consistent),
+            _ => Ok(()),
+        };
+        if let Err(why) = marked {
+            // Nobody is asked for anything that a record could say too early: it goes on here.
+            self.events.note(why.clone());
+            if self.protection.is_some() {
+                return self.peer_lost(format!("link-error: {why}"));
+            }
         }
         self.step(Event::FinalDone {
             epoch: self.last_epoch,
@@ -160,21 +171,21 @@ impl Conductor {
         }
     }
 
-    /// Durably says whether the images here may be started from. A flush that failed once may be said to
-    /// have worked the next time, with what was written gone: then they may not, while there is a better
-    /// copy.
-    pub(super) fn trust_disks(&self, trusted: bool) {
+    /// Durably says of the images here, as far as it has not been said, whether they may be started from.
+    /// A flush that failed once may be said to have worked the next time, with what was written gone: such
+    /// an image may not, while there is a better copy.
+    fn mark_disks(&self, condition: Condition) -> Result<(), String> {
         for image in self.parts.images.iter().filter(|i| !i.read_only()) {
             let mut meta = image.meta().lock();
             let generation = meta.generation();
-            let marked = match trusted {
-                true => meta.mark_consistent(generation),
-                false => meta.mark_inconsistent(),
+            let marked = match condition {
+                same if same == meta.condition() => Ok(()),
+                Condition::Consistent => meta.mark_consistent(generation),
+                Condition::Inconsistent => meta.mark_inconsistent(),
             };
-            if let Err(error) = marked {
-                tracing::error!(%error, trusted, path = %image.path().display(), "it can't be marked");
-            }
+            marked.map_err(|error| format!("{}: {error}", image.path().display()))?;
         }
+        Ok(())
     }
 
     /// The guest runs on the other side, and the disks here are not as the final epoch left them: this

@@ -150,10 +150,7 @@ impl Conductor {
         {
             tracing::error!(%error, "the guest could not go on");
         }
-        // The only copy that goes on.
-        if self.not_durable.take().is_some() {
-            self.trust_disks(true);
-        }
+        self.not_durable = None;
         if std::mem::take(&mut self.leaving) {
             self.act_on_power();
         }

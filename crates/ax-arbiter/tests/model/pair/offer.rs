@@ -3,7 +3,7 @@
 use ax_wire::Generation;
 use ax_wire::Side;
 use ax_wire::record::Record;
-use statepoint::pair::{Goal, Phase};
+use statepoint::pair::Phase;
 
 use super::{SIDES, Step, World, at};
 
@@ -15,7 +15,10 @@ impl World {
             let other = side.other();
             let Some(process) = &self.processes[at(side)] else {
                 if self.budget.restarts > 0 || self.incarnations < 2 {
-                    steps.extend([Step::StartBoot(side), Step::StartShadow(side)]);
+                    steps.push(Step::StartShadow(side));
+                    if !self.marked[at(side)] {
+                        steps.push(Step::StartBoot(side));
+                    }
                 }
                 continue;
             };
@@ -61,13 +64,12 @@ impl World {
             {
                 steps.push(Step::Stop(side));
             }
-            if let Phase::Parking { record, goal } = phase {
+            if let Phase::Parking { record, .. } = phase {
                 let acknowledged =
                     self.linked() && matches!(self.phase(other), Some(Phase::InSync { .. }));
                 if record.shadow().is_none() || acknowledged {
                     steps.push(Step::FinalDone(side));
-                    // Of a planned failover such a side does not become the shadow: as if it crashed.
-                    if acknowledged && *goal == Goal::Stop && self.budget.failures > 0 {
+                    if acknowledged && self.budget.failures > 0 {
                         steps.push(Step::FinalNotDurable(side));
                     }
                 }

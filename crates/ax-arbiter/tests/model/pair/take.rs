@@ -100,6 +100,8 @@ impl World {
             Step::FinalDone(side) => {
                 if self.linked() && self.holds_session(side) {
                     self.disks = [true, true];
+                } else {
+                    self.marked[at(side)] = false;
                 }
                 self.feed(side, final_done(true));
             }
@@ -107,6 +109,7 @@ impl World {
                 self.budget.failures -= 1;
                 self.disks = [false, false];
                 self.disks[at(side.other())] = true;
+                self.marked[at(side)] = true;
                 self.feed(side, final_done(false));
             }
             Step::Crash(side) => {
@@ -192,6 +195,7 @@ impl World {
             process.current = fresh;
             // With FLUSH durable on both sides, in sync means a durable disk.
             self.disks[at(shadow)] |= fresh && self.flush == Flush::Both;
+            self.marked[at(shadow)] = false;
         }
         self.feed(shadow, Event::Confirmed(generation));
     }
