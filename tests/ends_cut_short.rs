@@ -91,7 +91,7 @@ fn running(site: &Site) -> Vec<String> {
         .filter(|p| {
             let phase = text(&p["status"]["phase"]["is"]);
             p["status"]["role"] == "primary"
-                && ["alone", "protected", "paused"].contains(&phase.as_str())
+                && ["alone", "syncing", "protected", "paused"].contains(&phase.as_str())
         })
         .map(|p| text(&p["host"]))
         .collect();
@@ -106,7 +106,7 @@ enum Outcome {
     Stopped,
 }
 
-/// How the VM is once both hosts are on again and agree: it answers, or it is stopped.
+/// How the VM is once both hosts are on again and agree: protected again and answering, or stopped.
 fn outcome(site: &Site, round: &str) -> Outcome {
     let deadline = Instant::now() + PATIENCE;
     let mut last = String::new();
@@ -122,8 +122,7 @@ fn outcome(site: &Site, round: &str) -> Outcome {
         if states == ["stopped", "stopped"] {
             return Outcome::Stopped;
         }
-        if states[0] == states[1]
-            && ["alone", "protected"].contains(&states[0].as_str())
+        if states == ["protected", "protected"]
             && answers(site, GUEST)
             && let Some(side) = Side::named(&text(&shown[0]["primary"]))
         {
@@ -207,12 +206,6 @@ fn round(site: &mut Site, act: Act, victim_runs_it: bool, delay: Duration, run: 
         assert!(refused.len() < 2, "{named}: it starts nowhere: {refused:?}");
     }
     read_all(site, &acknowledged, &named);
-    if let Outcome::Runs(side) = outcome {
-        // Protected again for the next round, by the way every operator has.
-        site.run_axvm(side, &["stop", "vm"]).unwrap();
-        site.run_axvm(side, &["start", "vm"]).unwrap();
-        read_all(site, &acknowledged, &named);
-    }
 }
 
 fn rounds(act: Act) {

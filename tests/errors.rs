@@ -28,7 +28,8 @@ fn leavings(site: &Site) -> BTreeSet<PathBuf> {
 }
 
 fn collect(dir: &Path, found: &mut BTreeSet<PathBuf>) {
-    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+    // A folder may go away while it is looked at.
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
         if path.is_dir() {

@@ -15,6 +15,7 @@ fn kept_in_sync() -> Site {
         extra: "stall_ms = 20000".into(),
         ..SiteSpec::default()
     };
+    let spec = spec.without_reprotection();
     protected_with_disk("vm.img,size=64M,secondary=sync", spec, &[])
 }
 

@@ -303,7 +303,7 @@ fn a_guest_moved_from_a_disk_that_is_not_durable_runs_without_a_shadow_on_it() {
     require_lab!();
     require_fail_points!();
     let _alone = alone();
-    let site = protected(SiteSpec::default(), &[]);
+    let site = protected(SiteSpec::default().without_reprotection(), &[]);
     let clients = Clients::start(&site);
     let fail = Order::new(Point::Draining, Action::Fail);
     site.order(Side::A, &[fail]).unwrap();

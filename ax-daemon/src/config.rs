@@ -44,6 +44,8 @@ pub struct Config {
     pub mtls: bool,
     /// Times that decide.
     pub timing: Timing,
+    /// Whether a VM that runs without its shadow gets a new one by itself.
+    pub reprotect: bool,
     /// The `ax-vmm` program, when it is not beside axd.
     pub ax_vmm: Option<PathBuf>,
 }
@@ -61,6 +63,7 @@ impl Config {
             arbiter: Arbiter::Manual,
             mtls,
             timing: Timing::default(),
+            reprotect: true,
             ax_vmm: None,
         }
     }
@@ -186,6 +189,7 @@ struct Raw {
     detect_ms: Option<Spanned<u64>>,
     stall_ms: Option<Spanned<u64>>,
     permission_ms: Option<Spanned<u64>>,
+    reprotect: Option<bool>,
     ax_vmm: Option<PathBuf>,
 }
 
@@ -391,6 +395,7 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
         },
         mtls: raw.security != Some(RawSecurity::Plain),
         timing,
+        reprotect: raw.reprotect.unwrap_or(true),
         ax_vmm: raw.ax_vmm,
     })
 }

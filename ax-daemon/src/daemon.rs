@@ -1,8 +1,9 @@
 //! What one host's axd knows and holds, and the way of one request through it.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ax_api::host::{Code, PeerReport, ProcessReport, Reply, Request, State, VmReport};
 use ax_api::process::{Role, Spec, Start};
@@ -18,6 +19,9 @@ use crate::failure::Failure;
 use crate::peer::PeerLink;
 use crate::process::{Places, Process};
 use crate::store::Store;
+
+/// How long a command waits for what axd does of its own accord.
+const BEHIND_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Runs remembered as gone, per pair.
 const GONE_REMEMBERED: usize = 8;
@@ -52,6 +56,19 @@ pub enum Asker {
     Peer,
 }
 
+/// A claim by [`Daemon::claim_behind`].
+pub struct BehindClaim {
+    daemon: Arc<Daemon>,
+    name: String,
+    _claim: OwnedMutexGuard<()>,
+}
+
+impl Drop for BehindClaim {
+    fn drop(&mut self) {
+        self.daemon.behind.lock().remove(&self.name);
+    }
+}
+
 /// One host's axd.
 pub struct Daemon {
     /// Its configuration.
@@ -69,6 +86,10 @@ pub struct Daemon {
     /// Why a VM's last process here ended by itself with a failure.
     last_end: Mutex<HashMap<String, String>>,
     operations: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
+    /// VMs claimed by what axd does of its own accord.
+    behind: Mutex<HashSet<String>>,
+    /// Why VMs that run alone here have no shadow.
+    pub(crate) unprotected: Mutex<HashMap<String, String>>,
     /// Images made for a start that is not settled yet, by (VM, operation).
     pub(crate) made: Mutex<HashMap<(String, u64), Vec<PathBuf>>>,
 }
@@ -92,6 +113,8 @@ impl Daemon {
             gone: Mutex::default(),
             last_end: Mutex::default(),
             operations: Mutex::default(),
+            behind: Mutex::default(),
+            unprotected: Mutex::default(),
             made: Mutex::default(),
         })
     }
@@ -161,25 +184,45 @@ impl Daemon {
             .unwrap_or_default()
     }
 
-    /// Claims a VM for one operation at a time.
+    fn operation(&self, name: &str) -> Arc<AsyncMutex<()>> {
+        let mut operations = self.operations.lock();
+        operations.entry(name.to_owned()).or_default().clone()
+    }
+
+    fn under_way(&self, name: &str) -> Failure {
+        let here = &self.config.name;
+        let why = format!("another operation on {name} is under way on host {here}");
+        Failure::new(Code::State, why)
+    }
+
+    /// Claims a VM for one operation at a time. Waits for what axd does of its own accord.
     ///
     /// # Errors
     /// Another one is under way.
-    pub fn claim(&self, name: &str) -> Result<OwnedMutexGuard<()>, Failure> {
-        let lock = self
-            .operations
-            .lock()
-            .entry(name.to_owned())
-            .or_default()
-            .clone();
-        lock.try_lock_owned().map_err(|_| {
-            Failure::new(
-                Code::State,
-                format!(
-                    "another operation on {name} is under way on host {}",
-                    self.config.name
-                ),
-            )
+    pub async fn claim(&self, name: &str) -> Result<OwnedMutexGuard<()>, Failure> {
+        let lock = self.operation(name);
+        if let Ok(claim) = lock.clone().try_lock_owned() {
+            return Ok(claim);
+        }
+        if !self.behind.lock().contains(name) {
+            return Err(self.under_way(name));
+        }
+        let claimed = tokio::time::timeout(BEHIND_PATIENCE, lock.lock_owned());
+        claimed.await.map_err(|_| self.under_way(name))
+    }
+
+    /// Claims a VM for what axd does of its own accord: an operator's command waits for it.
+    ///
+    /// # Errors
+    /// Another operation is under way.
+    pub fn claim_behind(self: &Arc<Self>, name: &str) -> Result<BehindClaim, Failure> {
+        let lock = self.operation(name).try_lock_owned();
+        let claim = lock.map_err(|_| self.under_way(name))?;
+        self.behind.lock().insert(name.to_owned());
+        Ok(BehindClaim {
+            daemon: self.clone(),
+            name: name.to_owned(),
+            _claim: claim,
         })
     }
 
@@ -263,6 +306,10 @@ impl Daemon {
         let mut reports = Vec::with_capacity(asked.len());
         for report in asked {
             reports.extend(report.await);
+        }
+        let unprotected = self.unprotected.lock();
+        for report in &mut reports {
+            report.why_unprotected = unprotected.get(&report.name).cloned();
         }
         reports
     }
@@ -371,6 +418,9 @@ impl Daemon {
             ),
             Request::Stop { name, force: false } => done(self.stop(&name, asker, tell).await?),
             Request::Stop { name, force: true } => done(self.stop_by_force(&name, asker).await?),
+            Request::SetMode { name, mode, wait } => {
+                done(self.set_mode(&name, mode, wait, asker, tell).await?)
+            }
             Request::Kill { name, host } => done(self.kill(&name, host, asker, tell).await?),
             Request::Events {
                 vm,

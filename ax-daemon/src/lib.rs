@@ -16,11 +16,13 @@
 //! - [`process`], [`control`]: one `ax-vmm`, and how to talk to it. [`supervise`]: its events, its end,
 //!   and finding it again. [`journal`], [`images`]: what a start leaves on disk.
 //! - [`daemon`]: what an axd holds, and the way of a request. [`start`] and [`shadow`]: all or
-//!   nothing, on this host and the other. [`ops`]: the rest.
+//!   nothing, on this host and the other. [`again`]: a shadow for a guest that lost its own.
+//!   [`mode`]: another protection for one that runs. [`ops`]: the rest.
 //!   [`console`], [`events`], [`autostart`].
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
 
+pub mod again;
 pub mod autostart;
 pub mod config;
 pub mod console;
@@ -31,6 +33,7 @@ pub mod events;
 pub mod failure;
 pub mod images;
 pub mod journal;
+pub mod mode;
 pub mod ops;
 pub mod pair;
 pub mod peer;

@@ -17,7 +17,7 @@ use crate::failure::Failure;
 use crate::process::Process;
 
 /// How long an orderly stop, or a planned failover, may take.
-const ORDERLY: Duration = Duration::from_secs(60);
+pub(crate) const ORDERLY: Duration = Duration::from_secs(60);
 /// How long the processes of a stopped VM may take to be gone.
 const GOING: Duration = Duration::from_secs(10);
 
@@ -27,7 +27,7 @@ impl Daemon {
     /// # Errors
     /// A limit is broken, or it runs.
     pub async fn define(self: &Arc<Self>, new: &NewVm, tell: &Tell) -> Result<(), Failure> {
-        let _claim = self.claim(&new.name)?;
+        let _claim = self.claim(&new.name).await?;
         let known = self.store.vm(&new.name).ok();
         let vm = define::resolve(new, known.as_ref(), &self.config)?;
         if let Some(known) = &known {
@@ -52,7 +52,7 @@ impl Daemon {
     /// # Errors
     /// There is none of this name, or it runs.
     pub async fn undefine(self: &Arc<Self>, name: &str) -> Result<String, Failure> {
-        let _claim = self.claim(name)?;
+        let _claim = self.claim(name).await?;
         let vm = self.store.vm(name)?;
         if self.runs_anywhere(&vm).await {
             return Err(Failure::new(
@@ -139,7 +139,7 @@ impl Daemon {
             .await
     }
 
-    async fn forward_or_not_running(
+    pub(crate) async fn forward_or_not_running(
         self: &Arc<Self>,
         name: &str,
         request: Request,
@@ -209,7 +209,7 @@ impl Daemon {
             self.until_gone_here(name).await;
             return Ok(text);
         };
-        let _claim = self.claim(name)?;
+        let _claim = self.claim(name).await?;
         tell.progress(format!("stopping {name}"));
         control::order(&process.control, &process::Request::Stop, ORDERLY).await?;
         self.mark_stopped_on_both(name).await;

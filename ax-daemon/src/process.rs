@@ -305,6 +305,7 @@ impl Process {
             pair: self.pair.to_string(),
             pid: self.pid,
             status: self.status().await,
+            why_unprotected: None,
         }
     }
 

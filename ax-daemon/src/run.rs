@@ -131,6 +131,9 @@ pub fn run(config: Config) -> Result<(), Failure> {
         }
         tokio::spawn(server::serve_users(daemon.clone(), listener));
         tokio::spawn(daemon.clone().keep_in_touch());
+        if daemon.config.reprotect {
+            tokio::spawn(daemon.clone().keep_protected());
+        }
         daemon.begin_autostart();
         daemon
             .events

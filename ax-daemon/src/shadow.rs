@@ -1,15 +1,18 @@
 //! The other host's part in a start: a shadow that waits for its primary, or nothing.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::host::{Code, Definition, Reply};
-use ax_api::process::{Phase, Start};
+use ax_api::process::{Phase, Request, Start};
 use tokio::time::Instant;
 
+use crate::control;
 use crate::daemon::Daemon;
 use crate::failure::Failure;
 use crate::images;
+use crate::process::Process;
 
 /// How often a starting shadow is asked where it is.
 const ASK_EVERY: Duration = Duration::from_millis(20);
@@ -27,7 +30,7 @@ impl Daemon {
         operation: u64,
     ) -> Result<Reply, Failure> {
         let name = definition.name.clone();
-        let _claim = self.claim(&name)?;
+        let _claim = self.claim(&name).await?;
         self.take_definitions(vec![definition.clone()])?;
         let Some(vm) = definition
             .vm
@@ -38,7 +41,14 @@ impl Daemon {
                 format!("{name} is defined otherwise here, by a newer change"),
             ));
         };
-        let made = images::prepare(&self.config, &vm)?;
+        let mut made = self.supersede(&name).await;
+        match images::prepare(&self.config, &vm) {
+            Ok(new) => made.extend(new),
+            Err(failure) => {
+                images::remove(&made);
+                return Err(failure);
+            }
+        }
         self.made.lock().insert((name.clone(), operation), made);
         let run = async {
             self.journal(&name)
@@ -76,6 +86,38 @@ impl Daemon {
         }
     }
 
+    /// Ends a shadow whose start has failed; false if it has come in sync meanwhile, or does not say: it may
+    /// be the last copy of a guest whose primary is gone, and is left.
+    pub(crate) async fn give_up(&self, process: &Arc<Process>) -> bool {
+        if process.exited().is_none() {
+            let order = control::order(&process.control, &Request::GiveUp, control::PATIENCE);
+            if order.await.is_err() && process.exited().is_none() {
+                return false;
+            }
+            process.kill_and_wait().await;
+        }
+        self.let_go(process);
+        true
+    }
+
+    /// Ends what an earlier operation on this VM left unsettled here: whoever asks for a shadow now knows
+    /// of no other, and an undo of the earlier one that comes late must not meet the new one. Returns the
+    /// images made for it, which are the new operation's from here on.
+    async fn supersede(&self, name: &str) -> Vec<PathBuf> {
+        let earlier: Vec<_> = {
+            let mut made = self.made.lock();
+            let keys = made.keys().filter(|(vm, _)| vm == name).cloned();
+            let keys: Vec<_> = keys.collect();
+            keys.iter().filter_map(|key| made.remove(key)).collect()
+        };
+        if !earlier.is_empty()
+            && let Some(process) = self.process(name)
+        {
+            self.give_up(&process).await;
+        }
+        earlier.into_iter().flatten().collect()
+    }
+
     /// The asked side of [`ax_api::host::PeerRequest::Undo`]: ends the shadow of a start that failed and removes the
     /// images made for it. Why the shadow had ended by itself, if it had.
     pub async fn undo_shadow(&self, name: &str, operation: u64) -> String {
@@ -87,8 +129,11 @@ impl Daemon {
             if process.exited().is_some() {
                 self.note_end(&process);
             }
-            process.kill_and_wait().await;
-            self.let_go(&process);
+            if !self.give_up(&process).await {
+                // Its primary failed after it had come in sync: by now it may be the one that runs the guest.
+                self.journal(name).end();
+                return "its shadow was in sync by then and stays".to_owned();
+            }
         }
         let why = self.take_end(name).unwrap_or_default();
         images::remove(&made);

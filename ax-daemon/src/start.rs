@@ -49,9 +49,9 @@ pub enum WithoutShadow {
 }
 
 /// A shadow that waits for its primary.
-struct Shadow {
-    incarnation: Incarnation,
-    listen: Vec<SocketAddr>,
+pub(crate) struct Shadow {
+    pub(crate) incarnation: Incarnation,
+    pub(crate) listen: Vec<SocketAddr>,
 }
 
 /// What a start has made so far.
@@ -81,7 +81,7 @@ impl Daemon {
         } else {
             WithoutShadow::Fails
         };
-        let _claim = self.claim(name)?;
+        let _claim = self.claim(name).await?;
         let known = self.store.vm(name).ok();
         let (definition, defined) = match (new, known) {
             (Some(new), known) => {
@@ -123,7 +123,7 @@ impl Daemon {
                 format!("{} runs already (process {})", vm.name, process.pid),
             ));
         }
-        if vm.mode == Mode::None {
+        if vm.mode == Mode::None && self.peer.is_none() {
             return Ok(());
         }
         let peer = self.peer()?;
@@ -135,7 +135,8 @@ impl Daemon {
                 )),
                 None => Ok(()),
             },
-            Err(_) if without == WithoutShadow::RunsAlone => Ok(()),
+            // Whether it may run here without the other host is the arbiter's to say, if it ever was a pair.
+            Err(_) if without == WithoutShadow::RunsAlone || vm.mode == Mode::None => Ok(()),
             Err(failure) => Err(Failure::new(
                 Code::Peer,
                 format!(
@@ -277,7 +278,10 @@ impl Daemon {
     }
 
     /// Tells the primary of its shadow. One that is still starting is asked again.
-    async fn protect(&self, primary: &Process, shadow: &Shadow) -> Result<(), Failure> {
+    ///
+    /// # Errors
+    /// It does not take it.
+    pub(crate) async fn protect(&self, primary: &Process, shadow: &Shadow) -> Result<(), Failure> {
         let request = Request::Protect {
             addresses: shadow.listen.clone(),
             incarnation: shadow.incarnation,
@@ -325,7 +329,11 @@ impl Daemon {
         .await
     }
 
-    async fn until_protected(&self, primary: &Process, tell: &Tell) -> Result<(), Failure> {
+    pub(crate) async fn until_protected(
+        &self,
+        primary: &Process,
+        tell: &Tell,
+    ) -> Result<(), Failure> {
         let mut told = None;
         self.until(primary, |status| {
             if told.as_ref() != Some(&status.phase) {

@@ -139,15 +139,19 @@ impl Daemon {
             if process.pair.to_string() != pair {
                 continue;
             }
-            let keep = process.status().await.is_some_and(|s| {
-                s.generation >= before
-                    || (s.role == Role::Shadow
-                        && before != Generation(u64::MAX)
-                        && matches!(
-                            s.phase,
-                            Phase::Starting | Phase::Waiting | Phase::Syncing { .. }
-                        ))
-            });
+            let keep = match process.status().await {
+                Some(s) => {
+                    s.generation >= before
+                        || (s.role == Role::Shadow
+                            && before != Generation(u64::MAX)
+                            && matches!(
+                                s.phase,
+                                Phase::Starting | Phase::Waiting | Phase::Syncing { .. }
+                            ))
+                }
+                // It may hang in the middle of a promotion that was granted later than this was asked.
+                None => self.granted(&process.name).is_some_and(|g| g >= before),
+            };
             if !keep {
                 process.kill_and_wait().await;
                 self.let_go(&process);
@@ -164,6 +168,14 @@ impl Daemon {
             Ok(pair) => self.gone(pair),
             Err(_) => vec![],
         }
+    }
+
+    /// The generation of the last record that a process of this VM has acted on here, durable before it did.
+    fn granted(&self, name: &str) -> Option<Generation> {
+        let file = self.config.vm_dir(name).join("state").join("record.json");
+        let record = std::fs::read(file).ok()?;
+        let record: ax_wire::record::Record = serde_json::from_slice(&record).ok()?;
+        Some(record.generation)
     }
 
     /// Finds the processes an earlier axd started, takes them over, and ends what was half-started.

@@ -95,8 +95,9 @@ impl Daemon {
             for operation in started {
                 self.undo_shadow(&process.name, operation).await;
             }
-            process.kill_and_wait().await;
-            self.let_go(&process);
+            if !self.give_up(&process).await {
+                continue;
+            }
             self.journal(&process.name).end();
             self.events.note(
                 Some(&process.name),

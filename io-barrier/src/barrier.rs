@@ -421,6 +421,11 @@ impl Barrier {
         EpochId(self.released.load(Ordering::Acquire))
     }
 
+    /// The last epoch whose outputs were closed, whatever became of it: the next one follows it.
+    pub fn sealed(&self) -> EpochId {
+        self.queue.lock().last_sealed
+    }
+
     /// True when the open epoch holds output.
     pub fn pending(&self) -> bool {
         !self.queue.lock().open.is_empty()

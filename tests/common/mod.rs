@@ -46,7 +46,10 @@ pub fn protected(spec: SiteSpec, more: &[&str]) -> Site {
 pub fn protected_with_disk(disk: &str, spec: SiteSpec, more: &[&str]) -> Site {
     let site = Site::new(spec).unwrap();
     let cmdline = format!("ip={GUEST}/{}", addr::LAN_PREFIX);
-    let mut args = vec!["start", "vm", "--mode", "ft", "--probe", "--memory", "128M"];
+    let mut args = vec!["start", "vm", "--mode", "ft", "--probe"];
+    if !more.contains(&"--memory") {
+        args.extend(["--memory", "128M"]);
+    }
     args.extend(["--disk", disk, "--net", "tap=axtap0", "--cmdline", &cmdline]);
     args.extend(more);
     site.run_axvm(Side::A, &args).unwrap();

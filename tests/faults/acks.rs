@@ -14,11 +14,11 @@ const SLOW: &str = "stall_ms = 3000";
 
 fn site() -> Site {
     let extra = SLOW.into();
-    Site::new(SiteSpec {
+    let spec = SiteSpec {
         extra,
         ..SiteSpec::default()
-    })
-    .unwrap()
+    };
+    Site::new(spec.without_reprotection()).unwrap()
 }
 
 /// From the acknowledgement of some epoch N on the shadow's acknowledgements are lost; so no output of

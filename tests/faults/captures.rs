@@ -25,7 +25,7 @@ fn load(site: &Site) {
 /// `EPOCHS` epochs under load, each with a digest of the whole RAM that the shadow compares after
 /// applying it; meanwhile each step of a capture fails several times (I6).
 fn every_epoch_is_exact(dirty: &str, cpus: &str, seed: u64) {
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     rounds(seed, |chance| {
         let name = format!("vm-{}", chance.within(0..1 << 32));
         let mut scene = Scene::new(&mut site, name);
@@ -94,7 +94,7 @@ fn a_flipped_bit_in_the_copy_is_found_and_that_copy_never_runs() {
     require_lab!();
     require_fail_points!();
     let _alone = alone();
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     let scene = Scene::new(&mut site, "vm");
     let clients = scene.with_clients(&["--verify-every", "5"]);
     scene.order(Side::B, Order::new(Point::Written, Action::Fail).after(33));
@@ -119,7 +119,7 @@ fn interrupts_too_late_for_the_capture_do_not_hang_the_guest_after_a_failover() 
     require_lab!();
     require_fail_points!();
     let _alone = alone();
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     for cpus in ["1", "4"] {
         let mut scene = Scene::new(&mut site, format!("vm-{cpus}"));
         let clients = scene.with_clients(&["--cpus", cpus]);

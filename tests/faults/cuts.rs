@@ -18,11 +18,11 @@ const DETECTED: Duration = Duration::from_millis(2500);
 
 fn site() -> Site {
     let extra = SLOW.into();
-    Site::new(SiteSpec {
+    let spec = SiteSpec {
         extra,
         ..SiteSpec::default()
-    })
-    .unwrap()
+    };
+    Site::new(spec.without_reprotection()).unwrap()
 }
 
 type Cut = fn(&Cable);

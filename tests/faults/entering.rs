@@ -108,7 +108,7 @@ fn a_start_whose_process_dies_at_the_question_for_ft_leaves_no_riddle() {
     require_lab!();
     require_fail_points!();
     let _alone = alone();
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     // The first question of a primary is the one for the start itself.
     let blows: [(&str, Blow); 4] = [
         ("a-at-asking", |scene, _| {
@@ -142,7 +142,7 @@ fn a_start_struck_at_any_moment_comes_up_or_leaves_nothing() {
     require_kvm!();
     require_lab!();
     let _alone = alone();
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     let blows: [(&str, Blow); 5] = [
         ("host-a", |scene, chance| {
             some_time(chance);

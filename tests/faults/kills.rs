@@ -34,7 +34,7 @@ fn a_primary_killed_at_any_step_of_an_epoch_is_not_missed() {
     require_lab!();
     require_fail_points!();
     let _alone = alone();
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     rounds(21, |chance| {
         for point in [
             Point::Parked,
@@ -57,7 +57,7 @@ fn a_shadow_killed_at_any_step_of_an_epoch_is_not_missed() {
     require_lab!();
     require_fail_points!();
     let _alone = alone();
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     rounds(22, |chance| {
         for point in [
             Point::Staging,
@@ -116,7 +116,7 @@ fn when_both_die_only_the_side_the_record_names_starts_and_no_acknowledged_recor
     require_lab!();
     require_fail_points!();
     let _alone = alone();
-    let mut site = Site::new(patient()).unwrap();
+    let mut site = Site::new(patient().without_reprotection()).unwrap();
     both_die(&mut site, Point::Asking, Side::A);
     both_die(&mut site, Point::Granted, Side::B);
 }

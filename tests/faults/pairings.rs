@@ -8,7 +8,8 @@ use crate::common::{alone, patient};
 use crate::scene::{ANSWERS, Scene};
 
 fn fails_over(mtls: bool, pairings: [[&str; 3]; 3]) {
-    let mut site = Site::new(SiteSpec { mtls, ..patient() }).unwrap();
+    let spec = SiteSpec { mtls, ..patient() };
+    let mut site = Site::new(spec.without_reprotection()).unwrap();
     for [dirty, cpus, verify] in pairings {
         let mut scene = Scene::new(&mut site, format!("{dirty}-{cpus}-{verify}"));
         let mut options = vec!["--dirty", dirty, "--cpus", cpus];

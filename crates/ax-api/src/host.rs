@@ -162,6 +162,15 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Protect it like this from now on (rule 22), while it runs.
+    SetMode {
+        /// Its name.
+        name: String,
+        /// How.
+        mode: Mode,
+        /// Answer only when it is as protected as that.
+        wait: bool,
+    },
     /// Simulated fault: SIGKILL to one of its processes.
     Kill {
         /// Its name.

@@ -29,6 +29,7 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
         name: "web".into(),
         pair: PairId([7; 16]).to_string(),
         pid: 42,
+        why_unprotected: None,
         status: Some(Status {
             name: "web".into(),
             pid: 42,

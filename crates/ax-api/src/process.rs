@@ -232,6 +232,15 @@ pub enum Request {
     Reboot,
     /// Primary: planned failover (rule 25); answered when the other side runs or it was refused.
     Failover,
+    /// Primary: be protected like this from now on; answered when the guest runs alone by the arbiter's
+    /// grant, or runs unprotected, and so is ready for it.
+    SetMode {
+        /// How.
+        mode: Mode,
+    },
+    /// Shadow: the start that this was for has failed; end, unless you are in sync, and so may be the last
+    /// copy of a guest whose primary is gone.
+    GiveUp,
     /// End at once, without a record: as a crash, but on purpose.
     Quit,
     /// The operator's word (manual arbitration): the peer is dead, go on.

@@ -18,6 +18,9 @@ pub struct ProcessReport {
     pub pid: i32,
     /// What it says of itself; none if it does not answer.
     pub status: Option<Status>,
+    /// Why its guest has not got the shadow it should have, as far as axd has tried.
+    #[serde(default)]
+    pub why_unprotected: Option<String>,
 }
 
 /// Where a VM is, taken over both hosts.
@@ -110,7 +113,12 @@ impl VmReport {
             Phase::Ending => (State::Ending, String::new()),
         };
         let (state, note) = match (primary, shadow) {
-            (Some((_, status)), _) => state_of(&status.phase),
+            (Some((process, status)), _) => match (&status.phase, &process.why_unprotected) {
+                (Phase::Alone, Some(why)) => {
+                    (State::Alone, format!("runs without a shadow: {why}"))
+                }
+                (phase, _) => state_of(phase),
+            },
             (None, _) if silent.is_some() => (
                 State::Unknown,
                 silent

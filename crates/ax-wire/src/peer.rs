@@ -33,6 +33,9 @@ pub enum PeerMessage {
     /// The one that handed over to the one that now runs: it is the shadow from here on, in sync at
     /// the final epoch, and is to be dialled at one of these addresses (rule 25).
     Follow(Vec<SocketAddr>),
+    /// Primary to shadow: the VM is not to be protected any more, by an operator's order; this record
+    /// lets the primary run alone.
+    Dismissed(Record),
 }
 
 /// Why bytes are not a message.

@@ -11,6 +11,7 @@ Examples:
   axvm start db --kernel /boot/vmlinuz --initrd /boot/initrd --cmdline 'console=ttyS0' --cpus 2
   axvm list --check || page-someone
   axvm failover web
+  axvm set-mode web none
   axvm console web
 
 Exit codes:
@@ -198,6 +199,20 @@ pub enum Command {
     Failover {
         /// Its name.
         name: String,
+    },
+    /// Change how a VM is protected, while it runs.
+    ///
+    /// Waits until it is as protected as that. If that fails the VM is as it was. Of a VM that does not
+    /// run: from its next start on. `set-mode NAME ft` of one that lost its shadow looks for a new one now.
+    SetMode {
+        /// Its name.
+        name: String,
+        /// How it is to be protected.
+        #[arg(value_enum)]
+        mode: ModeArg,
+        /// Do not wait for protection.
+        #[arg(long)]
+        no_wait: bool,
     },
     /// Simulated fault: SIGKILL to the process that runs the VM.
     Kill {

@@ -103,9 +103,8 @@ fn from_options(name: &str, args: &VmArgs) -> Result<NewVm, Failure> {
     Ok(NewVm {
         name: name.to_owned(),
         mode: match args.mode {
-            None | Some(ModeArg::Ft) => Mode::Ft,
-            Some(ModeArg::Ha) => Mode::Ha,
-            Some(ModeArg::None) => Mode::None,
+            None => Mode::Ft,
+            Some(named) => mode(named),
         },
         memory: args.memory.unwrap_or(DEFAULT_MEMORY),
         cpus: args.cpus.unwrap_or(1),
@@ -187,6 +186,15 @@ fn image(base: &Path, path: &Path) -> Result<PathBuf, Failure> {
 
 fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     std::path::absolute(path).map_err(|e| usage(format!("{}: {e}", path.display())))
+}
+
+/// The mode that a word of the command line names.
+pub fn mode(named: ModeArg) -> Mode {
+    match named {
+        ModeArg::Ft => Mode::Ft,
+        ModeArg::Ha => Mode::Ha,
+        ModeArg::None => Mode::None,
+    }
 }
 
 #[cfg(test)]

@@ -93,6 +93,15 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
         },
         Command::Show { name } => Request::Show { name },
         Command::Failover { name } => Request::Failover { name },
+        Command::SetMode {
+            name,
+            mode,
+            no_wait,
+        } => Request::SetMode {
+            name,
+            mode: describe::mode(mode),
+            wait: !no_wait,
+        },
         Command::Kill { name, host } => Request::Kill { name, host },
         Command::Events {
             name,

@@ -47,6 +47,15 @@ impl Default for SiteSpec {
     }
 }
 
+impl SiteSpec {
+    /// With VMs that stay without a shadow once they have lost theirs, so that a test can look at that.
+    #[must_use]
+    pub fn without_reprotection(mut self) -> SiteSpec {
+        self.extra.push_str("\nreprotect = false\n");
+        self
+    }
+}
+
 /// One of the two hosts of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {

@@ -12,6 +12,7 @@
 //!                                 └───────────── granted ── AskingAlone ◄─────────────────┘
 //!  shadow    Copying ─first epoch acknowledged─► InSync ─peer lost: freeze acks─► Waiting
 //!            ─W over─► AskingTakeover ─granted─► Promoting ─runs─► Alone (now primary)
+//!  modes     none ─► Joining ─granted─► Alone (now primary); Ft ─leave─► AskingAlone ─granted─► Alone
 //!  planned   Ft ─final epoch acknowledged─► AskingHandover ─granted─► HandedOver: the shadow is told
 //!            to run ─it runs─► InSync (now shadow); the shadow: InSync ─told─► Promoting ─runs─► Ft
 //! ```
@@ -68,6 +69,12 @@ pub enum Event {
     HandedOver(Record),
     /// The peer said that the pair has stopped in order.
     PeerStopped(Record),
+    /// An operator wants the VM out of its protection, running on here (rule 22).
+    Leave,
+    /// The peer said that this shadow is not wanted any more: the record lets the peer run alone.
+    Dismissed(Record),
+    /// The arbiter does not answer, and nobody has to wait for it.
+    Unanswered,
 }
 
 /// What to do, in the order given.
@@ -90,6 +97,10 @@ pub enum Action {
     AwaitPermissionOver,
     /// Start the guest from boot: granted by this record.
     Boot(Record),
+    /// The guest, which runs here already, is one side of a pair by this record.
+    Joined(Record),
+    /// The guest runs on as it did, not one side of a pair: this is why.
+    StayLocal(Refusal),
     /// Make this shadow the running guest: granted by this record. Ends in [`Event::Running`].
     Promote(Record),
     /// Forget the shadow; its link is closed.
@@ -118,6 +129,8 @@ pub enum Ending {
     Stale,
     /// The arbiter does not allow this side to start.
     MayNotStart,
+    /// The primary needs no shadow any more.
+    Dismissed,
 }
 
 /// Where a process is in the pair's life. Every state that may release outputs carries the record
@@ -126,6 +139,11 @@ pub enum Ending {
 pub enum Phase {
     /// Primary: asked whether it may boot.
     Starting {
+        /// Generation it asks from.
+        from: Generation,
+    },
+    /// Primary of a guest that runs here without any arbiter's knowledge: asked to be one side of a pair.
+    Joining {
         /// Generation it asks from.
         from: Generation,
     },
@@ -243,6 +261,17 @@ impl Pair {
         (pair, vec![Action::Ask(from, Change::Start)])
     }
 
+    /// A process whose guest runs already, unprotected and unknown to the arbiter, and is to become one
+    /// side of a pair, knowing generation `from`: asks first.
+    pub fn joining(me: Member, flush: Flush, from: Generation) -> (Pair, Vec<Action>) {
+        let pair = Pair {
+            me,
+            flush,
+            phase: Phase::Joining { from },
+        };
+        (pair, vec![Action::Ask(from, Change::Start)])
+    }
+
     /// A process that waits for a primary.
     pub fn shadow(me: Member, flush: Flush) -> Pair {
         Pair {
@@ -280,6 +309,7 @@ impl Pair {
         matches!(
             self.phase,
             Phase::Starting { .. }
+                | Phase::Joining { .. }
                 | Phase::AskingFt { .. }
                 | Phase::AskingAlone { .. }
                 | Phase::AskingHandover { .. }

@@ -70,6 +70,21 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             (Phase::Ended, vec![Action::EndFenced(Ending::MayNotStart)])
         }
 
+        (Phase::Joining { .. }, Event::Granted(record)) if is_alone(&record, me) => {
+            let actions = vec![Action::Joined(record), Action::ReleaseAlone(record)];
+            (
+                Phase::Alone {
+                    record,
+                    filling: None,
+                },
+                actions,
+            )
+        }
+        // Nothing has been asked of the guest yet that it could not go on without.
+        (Phase::Joining { .. }, Event::Refused(refusal)) => {
+            (Phase::Ended, vec![Action::StayLocal(refusal)])
+        }
+
         (Phase::Alone { record, .. }, Event::CopyBegun(shadow)) => (
             Phase::Alone {
                 record,
@@ -92,7 +107,7 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
                 record,
                 filling: Some(_),
             },
-            Event::PeerLost,
+            Event::PeerLost | Event::Leave,
         ) => (
             Phase::Alone {
                 record,
@@ -122,7 +137,7 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             (phase, vec![Action::Ask(record.generation, change)])
         }
         // FT has not been asked for: the record still says alone.
-        (Phase::Entering { record, .. }, Event::PeerLost) => (
+        (Phase::Entering { record, .. }, Event::PeerLost | Event::Leave) => (
             Phase::Alone {
                 record,
                 filling: None,
@@ -141,7 +156,7 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             ],
         ),
 
-        (Phase::AskingFt { record, shadow, .. }, Event::PeerLost) => (
+        (Phase::AskingFt { record, shadow, .. }, Event::PeerLost | Event::Leave) => (
             Phase::AskingFt {
                 record,
                 shadow,
@@ -158,7 +173,8 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
                 (Phase::Ft { record }, vec![Action::ReleaseAcked(record)])
             }
         }
-        (Phase::Ft { record }, Event::PeerLost) => ask_alone(record),
+        // Out of FT, lost or left: the grant first (rule 22). A shadow that is left stays until then.
+        (Phase::Ft { record }, Event::PeerLost | Event::Leave) => ask_alone(record),
         (Phase::Ft { record }, Event::Failover) => (
             Phase::Parking {
                 record,
@@ -239,6 +255,11 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
                 Phase::Ended,
                 vec![Action::TellShadow(record), Action::EndClean(record)],
             )
+        }
+
+        // Alone it was and alone the record says: whoever starts it next starts it from here.
+        (Phase::AskingStop { record, .. }, Event::Unanswered) if record.shadow().is_none() => {
+            (Phase::Ended, vec![Action::EndClean(record)])
         }
 
         (

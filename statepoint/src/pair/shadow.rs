@@ -61,6 +61,11 @@ pub(super) fn step(me: Member, phase: Phase, event: Event) -> (Phase, Vec<Action
             Phase::Promoting { record },
             vec![Action::FreezeAcks, Action::Promote(record)],
         ),
+        (Phase::Copying | Phase::InSync { .. }, Event::Dismissed(record))
+            if record.shadow().is_none() && record.holder().is_some_and(|m| m.side != me.side) =>
+        {
+            ended(Ending::Dismissed)
+        }
         (Phase::Copying | Phase::InSync { .. }, Event::PeerStopped(record)) => (
             Phase::Ended,
             vec![Action::FreezeAcks, Action::EndClean(record)],

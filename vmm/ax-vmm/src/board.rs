@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ax_api::process::{PauseParts, Phase, Role, Spec, Status};
+use ax_api::vm::Mode;
 use ax_wire::{Generation, Incarnation};
 use parking_lot::Mutex;
 use statepoint::primary::PrimaryHandle;
@@ -19,6 +20,7 @@ const RECENT: Duration = Duration::from_secs(5);
 
 struct Facts {
     role: Role,
+    mode: Mode,
     phase: Phase,
     generation: Generation,
     listen: Vec<SocketAddr>,
@@ -70,6 +72,7 @@ impl Board {
     pub fn new(spec: Spec, incarnation: Incarnation, role: Role, bell: EngineBell) -> Arc<Board> {
         let facts = Facts {
             role,
+            mode: spec.vm.mode,
             phase: Phase::Starting,
             generation: Generation(0),
             listen: Vec::new(),
@@ -89,6 +92,11 @@ impl Board {
     /// Where a primary can reach this process.
     pub fn listens(&self, at: Vec<SocketAddr>) {
         self.facts.lock().listen = at;
+    }
+
+    /// What protection it aims at from now on.
+    pub fn aims_at(&self, mode: Mode) {
+        self.facts.lock().mode = mode;
     }
 
     /// The engine that follows a primary, if one does.
@@ -136,7 +144,7 @@ impl Board {
             incarnation: self.incarnation,
             role: facts.role,
             phase: facts.phase.clone(),
-            mode: self.spec.vm.mode,
+            mode: facts.mode,
             generation: facts.generation,
             listen: facts.listen.clone(),
             epoch: self.epoch(&facts),

@@ -33,6 +33,9 @@ use crate::session::{self, SessionError, Talk};
 /// How long the shadow may take to hear of an orderly stop.
 const STOPPED_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long the guest's outputs may wait for a shadow to hear that it is not wanted any more.
+const DISMISSED_PATIENCE: Duration = Duration::from_millis(100);
+
 /// What the protection tells the conductor.
 #[derive(Debug)]
 pub enum Protecting {
@@ -404,6 +407,15 @@ impl Protection {
         if !matches!(heard, Ok(PeerMessage::Done)) {
             tracing::warn!(?heard, "the shadow was not told of the stop");
         }
+    }
+
+    /// The guest runs alone by this record, and the shadow is to end: says so, and waits a moment for
+    /// the answer. A shadow that is not told asks the arbiter, is refused and ends as well.
+    pub fn dismiss(&self, record: Record) {
+        let heard = self
+            .talk
+            .ask(PeerMessage::Dismissed(record), DISMISSED_PATIENCE);
+        tracing::debug!(?heard, "the shadow was dismissed");
     }
 
     /// The guest runs on the other side now: ends the epoch thread, with the guest parked as the final

@@ -105,6 +105,7 @@ const NOTHING: Budget = Budget {
     failovers: 0,
     stops: 0,
     failures: 0,
+    leaves: 0,
 };
 
 #[test]
@@ -140,6 +141,18 @@ fn planned_failovers() {
         ..NOTHING
     };
     check("failovers", budget, Flush::Local);
+}
+
+#[test]
+fn leaving_ft() {
+    let budget = Budget {
+        crashes: 2,
+        suspicions: 1,
+        restarts: 1,
+        leaves: 1,
+        ..NOTHING
+    };
+    check("leaving", budget, Flush::Local);
 }
 
 #[test]

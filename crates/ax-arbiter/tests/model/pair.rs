@@ -31,6 +31,8 @@ pub struct Budget {
     pub stops: u8,
     /// Promotions that fail.
     pub failures: u8,
+    /// Orders to leave FT and run on alone.
+    pub leaves: u8,
 }
 
 /// One process.
@@ -84,6 +86,8 @@ pub struct World {
     /// Each side's permission to release by its shadow's last acknowledgement still lasts (rule 24).
     pub permits: [bool; 2],
     session: Option<Session>,
+    /// The side that leaves FT by an order: it tells its shadow.
+    leaving: Option<Side>,
     /// Requests of processes that no longer wait for the answer, still on their way.
     strays: Vec<Request>,
     incarnations: u64,
@@ -123,6 +127,8 @@ pub enum Step {
     SeesRunning(Side),
     Failover(Side),
     Stop(Side),
+    /// An operator wants this side's guest out of FT.
+    Leave(Side),
     FinalDone(Side),
     FinalNotDurable(Side),
     Crash(Side),
@@ -147,6 +153,7 @@ impl World {
             marked: [false, false],
             permits: [false, false],
             session: None,
+            leaving: None,
             strays: Vec::new(),
             incarnations: 0,
             budget,
@@ -281,7 +288,15 @@ impl World {
                     // holder's permission lasts: its first output waits for the end of that.
                     self.permits[at(side.other())] = false;
                 }
-                Action::DropShadow => self.close(side),
+                Action::DropShadow => {
+                    if self.leaving.take() == Some(side)
+                        && let (Some(session), Phase::Alone { record, .. }) =
+                            (&mut self.session, &process.pair.phase)
+                    {
+                        session.told = Some(*record);
+                    }
+                    self.close(side);
+                }
                 Action::TellShadow(record) => {
                     if let Some(session) = &mut self.session {
                         session.told = Some(record);
@@ -305,6 +320,8 @@ impl World {
                 Action::Promote(_) => self.permits[at(side)] = false,
                 // The world offers what follows from these as steps of their own.
                 Action::AwaitPermissionOver | Action::ParkForGood | Action::Unpark => {}
+                // Of guests that no arbiter knows: none here.
+                Action::Joined(_) | Action::StayLocal(_) => {}
             }
         }
     }
@@ -354,6 +371,7 @@ impl World {
             failovers: 0,
             stops: 0,
             failures: 0,
+            leaves: 0,
         };
         world.end(side.other());
         for _ in 0..64 {

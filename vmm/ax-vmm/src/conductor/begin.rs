@@ -40,7 +40,9 @@ impl Conductor {
             self.listen()?;
         }
         let witness = self.parts.witness(&self.spec)?;
-        let paired = self.spec.peer.is_some() && self.spec.vm.mode != Mode::None;
+        // One that was ever a side of a pair may have a newer copy there, whatever its mode is now (I4).
+        let known = asker::is_known(&self.spec.state_dir);
+        let paired = self.spec.peer.is_some() && (known || self.spec.vm.mode != Mode::None);
         match (witness, self.spec.start) {
             (Some(witness), start) if paired => {
                 self.start_asker(witness, start)?;
@@ -57,6 +59,7 @@ impl Conductor {
             )),
             (_, Start::Shadow) => Err(Error::Arbiter("a VM of mode none has no shadow".into())),
             (_, Start::Boot) => {
+                self.life = Life::Local;
                 self.start_guest(None)?;
                 self.parts.barrier.pass(SoloGrant::never_paired());
                 self.show();
@@ -74,7 +77,11 @@ impl Conductor {
         }
     }
 
-    fn start_asker(&mut self, witness: ax_link::Connector, start: Start) -> Result<(), Error> {
+    pub(super) fn start_asker(
+        &mut self,
+        witness: ax_link::Connector,
+        start: Start,
+    ) -> Result<(), Error> {
         let client = Client::new(witness, asker::known_witness(&self.spec.state_dir))
             .map_err(Error::Thread)?;
         // A pair that was never started has its images where it is started first.

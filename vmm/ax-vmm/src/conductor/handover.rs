@@ -88,6 +88,9 @@ impl Conductor {
         if self.parts.machine.is_parked() {
             return Err("the VM is paused; `axvm resume` it first".into());
         }
+        if self.changing.is_some() {
+            return Err("the VM's mode is being changed; try again in a moment".into());
+        }
         let Some(asker) = &self.asker else {
             return Err("no arbiter is configured".into());
         };
@@ -98,6 +101,9 @@ impl Conductor {
 
     /// The arbiter was looked for before a planned failover.
     pub(super) fn arbiter_found(&mut self, found: Result<Record, String>) -> Result<(), Error> {
+        if self.found_for_change(&found)? {
+            return Ok(());
+        }
         let paused = self.parts.machine.is_parked();
         let refused = match (found, self.phase()) {
             (Ok(_), _) if paused => Some("the VM was paused; `axvm resume` it first".to_owned()),

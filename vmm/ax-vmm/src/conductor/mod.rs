@@ -5,6 +5,7 @@
 
 mod begin;
 mod handover;
+mod mode;
 mod orders;
 mod perform;
 mod primary;
@@ -18,6 +19,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ax_api::process::{Reply, Role, Spec, Start};
+use ax_api::vm::Mode;
 use ax_link::Incoming;
 use ax_wire::record::Member;
 use ax_wire::{EpochId, Incarnation, Side};
@@ -35,10 +37,14 @@ use crate::session::{Dialled, Door, Gathered};
 use crate::shadowing::{Following, Shadowing};
 
 use handover::{Parting, Turning};
+use mode::Change;
 use primary::Dial;
 
 /// Added to the permission time (rule 24): drift of two clocks over it, and the tick.
 const DRIFT_MARGIN: Duration = Duration::from_millis(1);
+
+/// How long the arbiter may say nothing before what can wait no longer is given up.
+const ARBITER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How the process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +84,9 @@ struct Stint(u64);
 
 /// Whose life this process leads.
 enum Life {
-    /// A VM of mode `none` that no arbiter knows.
+    /// A guest that is to boot as one side of a pair, by the arbiter's leave.
+    Unborn,
+    /// A guest that no arbiter knows: it runs, in mode `none`.
     Local,
     /// One side of a pair.
     Paired(Pair),
@@ -112,6 +120,10 @@ struct Conductor {
     waiting: Vec<mpsc::Sender<Reply>>,
     /// Who waits for the arbiter to be found within reach, before a planned failover begins.
     probing: Vec<mpsc::Sender<Reply>>,
+    /// A change of mode under way.
+    changing: Option<Change>,
+    /// A shadow dropped now is one that is not wanted any more.
+    dismissing: bool,
     why_stopping: Option<String>,
     /// The guest is parked, or about to be, to run on elsewhere or not at all: nothing may touch it.
     leaving: bool,
@@ -156,7 +168,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
     let board = Board::new(spec.clone(), me.incarnation, role, parts.bell.clone());
     let mut conductor = Conductor {
         me,
-        life: Life::Local,
+        life: Life::Unborn,
         parts,
         events,
         board,
@@ -176,6 +188,8 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         waits_for: None,
         waiting: Vec::new(),
         probing: Vec::new(),
+        changing: None,
+        dismissing: false,
         why_stopping: None,
         leaving: false,
         not_durable: None,
@@ -228,6 +242,7 @@ impl Conductor {
 
     /// The last words: whoever waits is answered, the peer is told, the disks are flushed.
     fn take_leave(&mut self) {
+        self.mode_reached();
         let clean = self.ended == Some(Ended::InOrder);
         let reply = match clean {
             true => Reply::Done,
@@ -295,13 +310,14 @@ impl Conductor {
             tracing::debug!(?action, "pair");
             self.perform(action)?;
         }
+        self.mode_reached();
         self.show();
         Ok(())
     }
 
     fn phase(&self) -> Option<&Phase> {
         match &self.life {
-            Life::Local => None,
+            Life::Unborn | Life::Local => None,
             Life::Paired(pair) => Some(&pair.phase),
         }
     }
@@ -309,7 +325,10 @@ impl Conductor {
     fn hear(&mut self, heard: Heard) -> Result<(), Error> {
         match heard {
             Heard::Known(record) => {
-                let fresh = matches!(self.life, Life::Local);
+                if matches!(self.life, Life::Local) {
+                    return self.pair_known(record);
+                }
+                let fresh = matches!(self.life, Life::Unborn);
                 if fresh && self.spec.start == Start::Boot {
                     let (pair, actions) = Pair::starting(self.me, self.flush(), record.generation);
                     self.life = Life::Paired(pair);
@@ -327,6 +346,10 @@ impl Conductor {
             Heard::Refused(refusal) => {
                 self.waits_for = Some(refusal.to_string());
                 if matches!(self.life, Life::Local) {
+                    self.stay_local(&refusal);
+                    return Ok(());
+                }
+                if matches!(self.life, Life::Unborn) {
                     return Err(Error::Arbiter(refusal.to_string()));
                 }
                 self.step(Event::Refused(refusal))
@@ -336,7 +359,13 @@ impl Conductor {
                 if self.waits_for.as_ref() != Some(&why) {
                     self.events.note(format!("waiting for the arbiter: {why}"));
                 }
+                self.change_unanswered(&why);
                 self.waits_for = Some(why);
+                if self.spec.vm.mode == Mode::None
+                    && matches!(self.phase(), Some(Phase::AskingStop { .. }))
+                {
+                    return self.step(Event::Unanswered);
+                }
                 self.show();
                 Ok(())
             }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use ax_api::process::{Reply, Request, Role, What};
-use statepoint::pair::Event;
+use statepoint::pair::{Event, Phase};
 
 use super::{Conductor, Ended, Life};
 use crate::control::Order;
@@ -50,6 +50,21 @@ impl Conductor {
             Request::Failover => match self.fail_over(reply.clone()) {
                 Ok(()) => return Ok(()),
                 Err(why) => Reply::Refused { why },
+            },
+            Request::SetMode { mode } if primary => match self.set_mode(mode, reply.clone()) {
+                Ok(()) => return Ok(()),
+                Err(why) => Reply::Refused { why },
+            },
+            Request::GiveUp => match self.phase() {
+                Some(Phase::Copying) => {
+                    let why = "the start it was for has failed".into();
+                    self.events.tell(What::Ended { why, clean: false });
+                    self.ended = Some(Ended::Fenced);
+                    Reply::Done
+                }
+                _ => Reply::Refused {
+                    why: "this process is in sync, or runs the guest".into(),
+                },
             },
             Request::Quit => {
                 self.ended = Some(Ended::InOrder);
@@ -107,7 +122,8 @@ impl Conductor {
 
     /// Ends the VM in order (rule 26).
     pub(super) fn stop(&mut self) -> Result<(), Error> {
-        if matches!(self.life, Life::Local) {
+        let unpaired = matches!(self.life, Life::Local);
+        if unpaired || matches!(self.phase(), Some(Phase::Joining { .. })) {
             self.parts.machine.park(true)?;
             let why = self
                 .why_stopping

@@ -59,8 +59,13 @@ impl Conductor {
                 }
             }
             Action::Boot(record) => self.start_guest(Some(record))?,
+            Action::Joined(record) => self.joined(&record)?,
+            Action::StayLocal(refusal) => self.stay_local(&refusal),
             Action::Promote(record) => return self.promote(record),
             Action::DropShadow => {
+                if std::mem::take(&mut self.dismissing) {
+                    self.dismiss_shadow();
+                }
                 // Every record that drops a shadow lets this process run the guest.
                 match self.protection.take() {
                     Some(protection) => protection.end(&self.parts, false, Parked::GoesOn),
@@ -96,6 +101,7 @@ impl Conductor {
                 let why = match ending {
                     Ending::Superseded => "the other side runs the VM by the arbiter's record",
                     Ending::Stale => "this copy was not in sync when its primary was lost",
+                    Ending::Dismissed => "the VM needs no shadow any more, by an operator's order",
                     Ending::MayNotStart => "the arbiter does not allow this side to start the VM",
                 };
                 self.events.tell(What::Ended {

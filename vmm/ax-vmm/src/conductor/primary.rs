@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ax_api::process::{Reply, What};
+use ax_api::vm::Mode;
 use ax_link::Connector;
 use ax_link::heartbeat::{LinkEvent, LinkEventKind, Timing as LinkTiming};
 use ax_wire::hello::Role as HelloRole;
@@ -46,6 +47,9 @@ impl Conductor {
         shadow: Incarnation,
         reply: mpsc::Sender<Reply>,
     ) -> Result<(), String> {
+        if self.spec.vm.mode == Mode::None {
+            return Err("this VM has mode none: it takes no shadow".into());
+        }
         let Some(Phase::Alone {
             record,
             filling: None,
@@ -54,8 +58,9 @@ impl Conductor {
             return Err("this VM does not run alone: it can't take a shadow now".into());
         };
         let generation = record.generation;
+        // An earlier protection may have closed one more epoch after it was given up.
         let start = EngineStart::FullCopy {
-            after: self.last_epoch,
+            after: self.last_epoch.max(self.parts.barrier.sealed()),
         };
         self.dial(&addresses, shadow, generation, start, Some(reply))
     }
@@ -100,6 +105,15 @@ impl Conductor {
             .spawn(dialling)
             .map(drop)
             .map_err(|e| e.to_string())
+    }
+
+    /// Tells the shadow that it is not wanted any more.
+    pub(super) fn dismiss_shadow(&self) {
+        if let (Some(protection), Some(Phase::Alone { record, .. })) =
+            (&self.protection, self.phase())
+        {
+            protection.dismiss(*record);
+        }
     }
 
     pub(super) fn link_timing(&self) -> LinkTiming {

@@ -113,6 +113,10 @@ impl Conductor {
                 let _ = reply.send(PeerMessage::Done);
                 return self.step(Event::PeerStopped(record));
             }
+            PeerMessage::Dismissed(record) => {
+                let _ = reply.send(PeerMessage::Done);
+                return self.step(Event::Dismissed(record));
+            }
             PeerMessage::Follow(addresses) => self.take_shadow(&addresses)?,
             PeerMessage::Begin
             | PeerMessage::Running

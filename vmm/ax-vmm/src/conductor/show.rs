@@ -1,6 +1,7 @@
 //! What the process shows of itself.
 
 use ax_api::process::{Phase as Shown, Role, Start, What};
+use ax_api::vm::Mode;
 use ax_wire::Generation;
 use statepoint::pair::Phase;
 
@@ -17,10 +18,19 @@ impl Conductor {
             self.waits_for = None;
         }
         let (role, shown, generation) = match self.phase() {
-            None if self.asker.is_some() => (Role::Primary, Shown::Starting, Generation(0)),
+            None if matches!(self.life, Life::Unborn) => {
+                (Role::Primary, Shown::Starting, Generation(0))
+            }
             None => (Role::Primary, Shown::Unprotected, Generation(0)),
             Some(phase) => match phase {
                 Phase::Starting { from } => (Role::Primary, Shown::Starting, *from),
+                Phase::Joining { from } => (Role::Primary, Shown::Unprotected, *from),
+                Phase::Alone {
+                    record,
+                    filling: None,
+                } if self.spec.vm.mode == Mode::None => {
+                    (Role::Primary, Shown::Unprotected, record.generation)
+                }
                 Phase::Alone {
                     record,
                     filling: None,

@@ -64,6 +64,19 @@ impl World {
             {
                 steps.push(Step::Stop(side));
             }
+            let protected = matches!(
+                phase,
+                Phase::Ft { .. }
+                    | Phase::AskingFt { .. }
+                    | Phase::Entering { .. }
+                    | Phase::Alone {
+                        filling: Some(_),
+                        ..
+                    }
+            );
+            if self.budget.leaves > 0 && protected {
+                steps.push(Step::Leave(side));
+            }
             if let Phase::Parking { record, .. } = phase {
                 let acknowledged =
                     self.linked() && matches!(self.phase(other), Some(Phase::InSync { .. }));

@@ -97,6 +97,11 @@ impl World {
                 self.budget.stops -= 1;
                 self.feed(side, Event::Stop);
             }
+            Step::Leave(side) => {
+                self.budget.leaves -= 1;
+                self.leaving = Some(side);
+                self.feed(side, Event::Leave);
+            }
             Step::FinalDone(side) => {
                 if self.linked() && self.holds_session(side) {
                     self.disks = [true, true];
@@ -210,6 +215,7 @@ impl World {
         };
         let event = match record.state {
             State::Stopped { .. } => Event::PeerStopped(record),
+            State::Alone { .. } => Event::Dismissed(record),
             _ => Event::HandedOver(record),
         };
         let before = self.session.clone();
