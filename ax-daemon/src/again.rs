@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ax_api::host::{Code, PeerRequest, Reply};
+use ax_api::host::{Code, PeerRequest, ProcessReport, Reply};
 use ax_api::process::{Phase, Request, Role, Status};
 use ax_api::vm::Mode;
 use ax_wire::Generation;
@@ -172,7 +172,10 @@ impl Daemon {
         };
         peer.call(fence).await?;
         let theirs = peer.processes().await?;
-        if let Some(left) = theirs.iter().find(|p| p.pair == pair) {
+        // A shadow that nobody has brought into step gives way to the new one.
+        let stays =
+            |p: &&ProcessReport| p.pair == pair && !p.status.as_ref().is_some_and(is_unmade);
+        if let Some(left) = theirs.iter().find(stays) {
             let why = format!("host {there} still has process {} of it", left.pid);
             return Err(Failure::new(Code::State, why));
         }
@@ -211,6 +214,15 @@ impl Daemon {
             }
         }
     }
+}
+
+/// A shadow that is not in sync, and never was.
+fn is_unmade(status: &Status) -> bool {
+    let unmade = matches!(
+        status.phase,
+        Phase::Starting | Phase::Waiting | Phase::Syncing { .. }
+    );
+    status.role == Role::Shadow && unmade
 }
 
 /// Waits until the copying ends in protection.

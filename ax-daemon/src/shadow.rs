@@ -110,9 +110,7 @@ impl Daemon {
             let keys: Vec<_> = keys.collect();
             keys.iter().filter_map(|key| made.remove(key)).collect()
         };
-        if !earlier.is_empty()
-            && let Some(process) = self.process(name)
-        {
+        if let Some(process) = self.process(name) {
             self.give_up(&process).await;
         }
         earlier.into_iter().flatten().collect()

@@ -58,11 +58,6 @@ pub fn known_witness(state_dir: &Path) -> Option<WitnessId> {
     }
 }
 
-/// Whether this host has ever acted on a record of the VM that this state is of.
-pub fn is_known(state_dir: &Path) -> bool {
-    state_dir.join(RECORD).exists()
-}
-
 /// The handle to the asking thread.
 #[derive(Debug, Clone)]
 pub struct Asker {

@@ -21,7 +21,30 @@ use crate::error::Error;
 use crate::hello::hello;
 use crate::session::{Gathering, Took};
 
+/// The mark in a VM's state that an arbiter knows it: that it was one side of a pair here, or was to be.
+const PAIRED: &str = "paired";
+
 impl Conductor {
+    /// Marks, durably, that an arbiter knows this VM. A shadow goes no further without the mark: its copy
+    /// could be started in mode none without anyone being asked, long after it had become stale.
+    pub(super) fn remember_pair(&self) -> Result<(), Error> {
+        let mark = self.spec.state_dir.join(PAIRED);
+        let marked = std::fs::File::create(&mark).and_then(|file| {
+            file.sync_all()?;
+            std::fs::File::open(&self.spec.state_dir)?.sync_all()
+        });
+        match marked {
+            Err(e) if self.spec.start == Start::Shadow => {
+                Err(Error::Arbiter(format!("write {}: {e}", mark.display())))
+            }
+            Err(error) => {
+                tracing::error!(%error, path = %mark.display(), "the mark of a pair");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
     pub(super) fn begin(&mut self) -> Result<(), Error> {
         self.serve_control()?;
         if self.spec.start == Start::Boot {
@@ -41,7 +64,7 @@ impl Conductor {
         }
         let witness = self.parts.witness(&self.spec)?;
         // One that was ever a side of a pair may have a newer copy there, whatever its mode is now (I4).
-        let known = asker::is_known(&self.spec.state_dir);
+        let known = self.spec.state_dir.join(PAIRED).exists();
         let paired = self.spec.peer.is_some() && (known || self.spec.vm.mode != Mode::None);
         match (witness, self.spec.start) {
             (Some(witness), start) if paired => {

@@ -325,6 +325,7 @@ impl Conductor {
     fn hear(&mut self, heard: Heard) -> Result<(), Error> {
         match heard {
             Heard::Known(record) => {
+                self.remember_pair()?;
                 if matches!(self.life, Life::Local) {
                     return self.pair_known(record);
                 }
