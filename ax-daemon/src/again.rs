@@ -130,7 +130,9 @@ impl Daemon {
     /// Why the VM is not protected; nothing is left of the attempt.
     async fn try_to_protect(self: &Arc<Self>, process: &Arc<Process>) -> Result<(), Failure> {
         let peer = self.peer()?.clone();
-        let claim = self.claim_behind(&process.name)?;
+        let Ok(claim) = self.claim_behind(&process.name) else {
+            return Ok(()); // what is being done with it comes first
+        };
         let Some(status) = self.runs_alone(process).await else {
             return Ok(());
         };

@@ -189,6 +189,7 @@ struct Raw {
     detect_ms: Option<Spanned<u64>>,
     stall_ms: Option<Spanned<u64>>,
     permission_ms: Option<Spanned<u64>>,
+    lease_ms: Option<Spanned<u64>>,
     reprotect: Option<bool>,
     ax_vmm: Option<PathBuf>,
 }
@@ -338,9 +339,10 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
         ("detect_ms", raw.detect_ms, 10, 600_000),
         ("stall_ms", raw.stall_ms, 50, 600_000),
         ("permission_ms", raw.permission_ms, 1, 1_000),
+        ("lease_ms", raw.lease_ms, 100, 600_000),
     ];
-    let mut values = [None; 4];
-    let mut spans = [0..0, 0..0, 0..0, 0..0];
+    let mut values = [None; 5];
+    let mut spans = [0..0, 0..0, 0..0, 0..0, 0..0];
     for (i, (key, value, least, most)) in times.into_iter().enumerate() {
         if let Some(value) = value {
             if !(least..=most).contains(value.get_ref()) {
@@ -362,6 +364,7 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
         detect_ms: values[1].unwrap_or(default.detect_ms),
         stall_ms: values[2].unwrap_or(default.stall_ms),
         permission_ms: values[3].unwrap_or(default.permission_ms),
+        lease_ms: values[4].unwrap_or(default.lease_ms),
     };
     let needed = timing.heartbeat_ms.saturating_mul(3);
     if timing.detect_ms < needed {

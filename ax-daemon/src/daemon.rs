@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ax_api::host::{Code, PeerReport, ProcessReport, Reply, Request, State, VmReport};
 use ax_api::process::{Role, Spec, Start};
@@ -16,6 +16,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 use crate::config::Config;
 use crate::events::Events;
 use crate::failure::Failure;
+use crate::ha::{CRASHES_WITHIN, MOST_CRASHES};
 use crate::peer::PeerLink;
 use crate::process::{Places, Process};
 use crate::store::Store;
@@ -88,6 +89,8 @@ pub struct Daemon {
     operations: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
     /// VMs claimed by what axd does of its own accord.
     behind: Mutex<HashSet<String>>,
+    /// When processes of VMs of mode `ha` ended here that should not have, lately.
+    pub(crate) crashes: Mutex<HashMap<String, VecDeque<Instant>>>,
     /// Why VMs that run alone here have no shadow.
     pub(crate) unprotected: Mutex<HashMap<String, String>>,
     /// Images made for a start that is not settled yet, by (VM, operation).
@@ -114,6 +117,7 @@ impl Daemon {
             last_end: Mutex::default(),
             operations: Mutex::default(),
             behind: Mutex::default(),
+            crashes: Mutex::default(),
             unprotected: Mutex::default(),
             made: Mutex::default(),
         })
@@ -258,7 +262,7 @@ impl Daemon {
                 format!("{} has a process already (pid {})", vm.name, process.pid),
             ));
         }
-        has_memory(vm.memory)?;
+        has_memory(vm.memory.saturating_add(self.reserved_except(&vm.name)))?;
         self.take_end(&vm.name);
         let places = Places::of(&self.config, &vm.name);
         let process = Process::spawn(&self.program, &self.spec(vm, start), &places).await;
@@ -354,6 +358,15 @@ impl Daemon {
         if report.state == State::Stopped && self.is_missed(&report.vm.name) {
             report.healthy = false;
             report.note = "ended without being stopped; `axvm events` tells how".to_owned();
+        }
+        if report.primary.is_none() && self.crashes_too_often(&report.vm.name) {
+            report.healthy = false;
+            report.note = format!(
+                "ended {MOST_CRASHES} times by itself within {} minutes and is not started again: \
+                 see its log, then `axvm start {}`",
+                CRASHES_WITHIN.as_secs() / 60,
+                report.vm.name
+            );
         }
         report
     }

@@ -5,7 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use ax_api::host::{Code, NewVm};
-use ax_api::vm::{Boot, Disk, Mode, Nic, Vm};
+use ax_api::vm::{Boot, Disk, Nic, Vm};
 use ax_wire::PairId;
 
 use crate::config::{Config, check_name};
@@ -119,9 +119,6 @@ pub fn check(vm: &Vm) -> Result<(), Failure> {
     if let Err(why) = check_name(&vm.name) {
         return bad(why.to_owned());
     }
-    if vm.mode == Mode::Ha {
-        return bad("mode ha is not there yet; use ft (protected) or none (local only)".to_owned());
-    }
     if !(LEAST_MEMORY..=MOST_MEMORY).contains(&vm.memory) || !vm.memory.is_multiple_of(PAGE) {
         return bad(format!(
             "memory of {} bytes: must be 16M to 1T, a multiple of 4096",
@@ -222,7 +219,7 @@ mod tests {
     fn new() -> NewVm {
         NewVm {
             name: "web".into(),
-            mode: Mode::Ft,
+            mode: ax_api::vm::Mode::Ft,
             memory: Bytes(256 << 20),
             cpus: 2,
             boot: Boot::Probe {
@@ -282,7 +279,6 @@ mod tests {
             (|vm| vm.name = "../etc".into(), "a-z"),
             (|vm| vm.name = String::new(), "a-z"),
             (|vm| vm.name = "-x".into(), "a-z"),
-            (|vm| vm.mode = Mode::Ha, "mode ha"),
             (|vm| vm.memory = Bytes(1 << 20), "memory"),
             (|vm| vm.memory = Bytes((256 << 20) + 1), "memory"),
             (|vm| vm.memory = Bytes(u64::MAX), "memory"),

@@ -17,7 +17,8 @@
 //!   and finding it again. [`journal`], [`images`]: what a start leaves on disk.
 //! - [`daemon`]: what an axd holds, and the way of a request. [`start`] and [`shadow`]: all or
 //!   nothing, on this host and the other. [`again`]: a shadow for a guest that lost its own.
-//!   [`mode`]: another protection for one that runs. [`ops`]: the rest.
+//!   [`mode`]: another protection for one that runs. [`ha`]: restarted
+//!   here, and room for those of the other host. [`ops`]: the rest.
 //!   [`console`], [`events`], [`autostart`].
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
@@ -31,6 +32,7 @@ pub mod daemon;
 pub mod define;
 pub mod events;
 pub mod failure;
+pub mod ha;
 pub mod images;
 pub mod journal;
 pub mod mode;

@@ -337,7 +337,9 @@ impl Daemon {
             _ => None,
         };
         if let Some(process) = here {
-            process.kill_and_wait().await;
+            // As a fault would: whatever follows the end of such a process follows this one.
+            process.kill();
+            process.wait().await;
             let text = format!(
                 "killed process {} of {name} on {}",
                 process.pid, self.config.name

@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ax_api::host::{Code, ProcessReport, StartFailure};
@@ -31,7 +32,7 @@ const START_PATIENCE: Duration = Duration::from_secs(20);
 const LOG_TURN_OVER: u64 = 8 << 20;
 
 /// Exit status of an `ax-vmm` that may not run because the other side does.
-const FENCED: i32 = 9;
+pub const FENCED: i32 = 9;
 
 /// How a process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,6 +86,10 @@ pub struct Process {
     pub since: Instant,
     /// Its control socket.
     pub control: PathBuf,
+    /// It was the primary at some time.
+    primary: AtomicBool,
+    /// axd has ended it.
+    meant: AtomicBool,
     pidfd: Arc<OwnedFd>,
     exit: watch::Receiver<Option<Exit>>,
     log: PathBuf,
@@ -173,6 +178,8 @@ impl Process {
             start: spec.start,
             since: Instant::now(),
             control: places.control.clone(),
+            primary: AtomicBool::new(false),
+            meant: AtomicBool::new(false),
             exit: watch_exit(pidfd.clone()),
             pidfd,
             log,
@@ -256,11 +263,28 @@ impl Process {
             start: file.start,
             since: Instant::now(),
             control: places.control.clone(),
+            primary: AtomicBool::new(false),
+            meant: AtomicBool::new(false),
             exit: watch_exit(pidfd.clone()),
             pidfd,
             log,
             log_from,
         })
+    }
+
+    /// Notes that it is, or was, the primary.
+    pub fn ran_guest(&self) {
+        self.primary.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether axd has ended it: nobody misses it.
+    pub fn was_ended(&self) -> bool {
+        self.meant.load(Ordering::Relaxed)
+    }
+
+    /// Whether it was ever the primary.
+    pub fn was_primary(&self) -> bool {
+        self.primary.load(Ordering::Relaxed)
     }
 
     /// How it ended, if it has.
@@ -282,8 +306,9 @@ impl Process {
         signal_kill(&self.pidfd);
     }
 
-    /// Sends SIGKILL and waits until it is gone.
+    /// Sends SIGKILL, on purpose, and waits until it is gone.
     pub async fn kill_and_wait(&self) -> Exit {
+        self.meant.store(true, Ordering::Relaxed);
         self.kill();
         self.wait().await
     }

@@ -41,6 +41,14 @@ impl Daemon {
                 format!("{name} is defined otherwise here, by a newer change"),
             ));
         };
+        if self.crashes_too_often(&name) {
+            return Err(Failure::new(
+                Code::State,
+                format!(
+                    "{name} ended too often by itself here; `axvm start {name}` on this host forgets it"
+                ),
+            ));
+        }
         let mut made = self.supersede(&name).await;
         match images::prepare(&self.config, &vm) {
             Ok(new) => made.extend(new),

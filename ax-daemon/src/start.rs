@@ -108,6 +108,7 @@ impl Daemon {
         let Some(vm) = definition.vm.clone() else {
             return Err(no_such_vm_to_start(name));
         };
+        self.forget_crashes(name);
         if !defined {
             self.may_start(&vm, without).await?;
         }
@@ -321,7 +322,7 @@ impl Daemon {
     }
 
     /// Waits until the guest runs, protected or not.
-    async fn until_running(&self, primary: &Process) -> Result<(), Failure> {
+    pub(crate) async fn until_running(&self, primary: &Process) -> Result<(), Failure> {
         self.until(primary, |status| match status.phase {
             Phase::Starting | Phase::Waiting | Phase::Held { .. } => Ok(false),
             _ => Ok(true),

@@ -10,7 +10,7 @@ use ax_wire::Generation;
 use crate::control::{self, Connection};
 use crate::daemon::Daemon;
 use crate::failure::Failure;
-use crate::process::{Places, Process};
+use crate::process::{Exit, FENCED, Places, Process};
 
 /// How long, and how often, the other host is asked to end what is left of a lost pair.
 const FENCE_TRIES: u32 = 60;
@@ -34,6 +34,7 @@ impl Daemon {
             }
             daemon.note_end(&process);
             daemon.let_go(&process);
+            let ended_by_itself = !matches!(how, Exit::Status(0 | FENCED));
             let how = match daemon.last_end_of(&process.name) {
                 Some(why) => format!("{how}: {why}"),
                 None => how.to_string(),
@@ -44,6 +45,9 @@ impl Daemon {
             };
             let now = crate::events::now_ms();
             daemon.events.record(Some(&process.name), now, what);
+            if !clean && ended_by_itself && !process.was_ended() {
+                daemon.restart_here(&process).await;
+            }
         });
     }
 
@@ -80,6 +84,13 @@ impl Daemon {
         lost: &mut bool,
         clean: &mut bool,
     ) {
+        match &event.what {
+            What::Phase {
+                role: Role::Primary,
+                ..
+            } => process.ran_guest(),
+            _ => {}
+        }
         match &event.what {
             What::PeerLost { .. } => *lost = true,
             What::Phase {

@@ -51,6 +51,15 @@ pub enum Gate {
     Entering,
     /// Outputs are held and released on acknowledgement.
     Protected,
+    /// Outputs leave at once while a lease lasts that acknowledgements renew (rule 28).
+    Leased,
+}
+
+impl Gate {
+    /// Outputs leave without being held.
+    fn lets_through(self) -> bool {
+        matches!(self, Gate::Passing | Gate::Leased)
+    }
 }
 
 /// How a call of [`Barrier::release`] ended.
@@ -153,6 +162,9 @@ pub struct Barrier {
     clock: Arc<dyn Clock>,
     config: BarrierConfig,
     released: AtomicU64,
+    /// How long an acknowledgement lets outputs leave, and until when they may now, with [`Gate::Leased`].
+    lease_ns: AtomicU64,
+    lease_until: AtomicU64,
     refused: AtomicBool,
     on_pending: OnceLock<Hook>,
     on_room: OnceLock<Hook>,
@@ -217,6 +229,8 @@ impl Barrier {
             clock,
             config,
             released: AtomicU64::new(0),
+            lease_ns: AtomicU64::new(0),
+            lease_until: AtomicU64::new(0),
             refused: AtomicBool::new(false),
             on_pending: OnceLock::new(),
             on_room: OnceLock::new(),
@@ -248,18 +262,27 @@ impl Barrier {
     /// [`Full`]: keep the request and try again after `on_room`.
     pub fn hold(&self, record: Record<'_>) -> Result<(), Full> {
         let queue = self.queue.lock();
-        if queue.gate != Gate::Passing {
+        if !queue.gate.lets_through() {
             return self.hold_open(queue, record);
         }
         drop(queue);
         // The gate changes under the sink's lock only, so it stays as it is seen here.
         let mut sink = self.sink.lock();
         let queue = self.queue.lock();
-        if queue.gate != Gate::Passing {
+        let gate = queue.gate;
+        if !gate.lets_through() {
             drop(sink);
             return self.hold_open(queue, record);
         }
         drop(queue);
+        if gate == Gate::Leased && self.clock.now_ns() > self.lease_until.load(Ordering::Acquire) {
+            drop(sink);
+            if is_power(record.kind) {
+                return self.hold_open(self.queue.lock(), record);
+            }
+            self.refused.store(true, Ordering::Release);
+            return Err(Full);
+        }
         leave(sink.as_mut(), record);
         Ok(())
     }
@@ -325,6 +348,11 @@ impl Barrier {
                 asked: epoch,
             });
         }
+        if queue.gate == Gate::Leased {
+            // Nothing was held: what left needs no epoch.
+            queue.last_sealed = epoch;
+            return Ok(Sealed { bytes: 0 });
+        }
         let Some(next) = queue.spare.pop() else {
             return Err(SealError::TooMany(queue.sealed.len()));
         };
@@ -360,9 +388,22 @@ impl Barrier {
     /// now ≤ `stamp_ns` + W.
     pub fn release(&self, up_to: EpochId, stamp_ns: u64) -> Release {
         let mut sink = self.sink.lock();
-        match self.queue.lock().gate {
+        let gate = self.queue.lock().gate;
+        match gate {
             Gate::Protected => {}
             Gate::Passing => return Release::Done,
+            Gate::Leased => {
+                let lease = self.lease_ns.load(Ordering::Acquire);
+                let until = stamp_ns.saturating_add(lease);
+                self.lease_until.fetch_max(until, Ordering::AcqRel);
+                self.released.fetch_max(up_to.0, Ordering::AcqRel);
+                if self.clock.now_ns() <= until {
+                    self.drain_open(&mut sink);
+                }
+                drop(sink);
+                self.resumed();
+                return Release::Done;
+            }
             Gate::Frozen | Gate::Entering => return Release::Withheld,
         }
         let permission = self.config.permission_ns;
@@ -461,6 +502,22 @@ impl Barrier {
         queue.gate
     }
 
+    /// Rule 28: from the return on outputs leave at once, as before, but each only while the lease lasts: for
+    /// `lease_ns` from now, and from the stamp of every acknowledgement ([`Barrier::release`]). Whoever
+    /// acknowledges promises not to ask for the VM before that. Beyond it an output is refused as
+    /// [`Full`], a power output waits. Only from [`Gate::Passing`]; otherwise nothing changes. Returns the gate that holds now.
+    pub fn start_leasing(&self, lease_ns: u64) -> Gate {
+        let _sink = self.sink.lock();
+        let mut queue = self.queue.lock();
+        if queue.gate == Gate::Passing {
+            self.lease_ns.store(lease_ns, Ordering::Release);
+            let until = self.clock.now_ns().saturating_add(lease_ns);
+            self.lease_until.store(until, Ordering::Release);
+            queue.gate = Gate::Leased;
+        }
+        queue.gate
+    }
+
     /// Rule 22, step 4: the arbiter granted protection; acknowledgements release from now on.
     pub fn protect(&self, grant: FtGrant) {
         let _sink = self.sink.lock();
@@ -540,6 +597,25 @@ impl Barrier {
             }
             Grant::Ft(_) => queue.gate = Gate::Protected,
         }
+    }
+
+    /// Lets out what was held in the open epoch while a lease was over.
+    fn drain_open(&self, sink: &mut MutexGuard<'_, Box<dyn OutputSink>>) {
+        let mut queue = self.queue.lock();
+        if queue.open.is_empty() {
+            return;
+        }
+        let Some(next) = queue.spare.pop() else {
+            return; // the next acknowledgement tries again
+        };
+        let mut open = std::mem::replace(&mut queue.open, next);
+        queue.open_has_power = false;
+        drop(queue);
+        Records::new(&open)
+            .map_while(Result::ok)
+            .for_each(|record| leave(sink.as_mut(), record));
+        open.clear();
+        self.queue.lock().spare.push(open);
     }
 
     /// Lets everything out until the queue is empty with both locks held, then opens the gate.

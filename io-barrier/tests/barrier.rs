@@ -171,6 +171,52 @@ fn a_permission_expires_between_two_frames_and_a_newer_one_goes_on() {
     assert_eq!(barrier.oldest_held_ns(), 0);
 }
 
+/// Rule 28: outputs leave at once, and only while a lease lasts that acknowledgements renew.
+#[test]
+fn with_a_lease_outputs_leave_at_once_until_it_is_over_and_again_when_it_is_renewed() {
+    let (barrier, wire, hand) = barrier(small());
+    let rung = Arc::new(AtomicBool::new(false));
+    let ring = Arc::clone(&rung);
+    barrier.on_room(move || ring.store(true, Ordering::SeqCst));
+    assert_eq!(
+        barrier.start_leasing(1000),
+        Gate::Frozen,
+        "not without a grant"
+    );
+    barrier.pass(solo());
+    assert_eq!(barrier.start_leasing(1000), Gate::Leased);
+    assert_eq!(barrier.start_holding(), Gate::Leased);
+    hold(&barrier, 1).unwrap();
+    hand.0.store(1000, Ordering::SeqCst);
+    hold(&barrier, 2).unwrap();
+    hand.0.store(1001, Ordering::SeqCst);
+    assert_eq!(hold(&barrier, 3), Err(Full));
+    power(&barrier);
+    // An acknowledgement of what was sent too long ago renews nothing.
+    assert_eq!(barrier.release(EpochId(1), 0), Release::Done);
+    assert_eq!(hold(&barrier, 3), Err(Full));
+    assert_eq!(wire.seen(), [1, 2]);
+    rung.store(false, Ordering::SeqCst);
+    assert_eq!(barrier.release(EpochId(2), 500), Release::Done);
+    assert!(rung.load(Ordering::SeqCst), "who was refused is told");
+    assert_eq!(wire.seen(), [1, 2, u64::MAX], "a poweroff is not lost");
+    hold(&barrier, 3).unwrap();
+    // Epochs close without outputs, in order.
+    let mut copy = Vec::new();
+    assert_eq!(barrier.seal(EpochId(3), &mut copy).unwrap().bytes, 0);
+    assert!(barrier.seal(EpochId(3), &mut copy).is_err() && copy.is_empty());
+    // A late stamp never shortens it; frozen, nothing leaves.
+    assert_eq!(barrier.release(EpochId(3), 0), Release::Done);
+    hand.0.store(1500, Ordering::SeqCst);
+    hold(&barrier, 4).unwrap();
+    barrier.freeze();
+    hold(&barrier, 5).unwrap();
+    assert_eq!(barrier.release(EpochId(4), 1500), Release::Withheld);
+    assert_eq!(wire.seen(), [1, 2, u64::MAX, 3, 4]);
+    barrier.pass(solo());
+    assert_eq!(wire.seen(), [1, 2, u64::MAX, 3, 4, 5]);
+}
+
 #[test]
 fn after_freezing_nothing_leaves_until_granted() {
     let (barrier, wire, _) = barrier(small());
@@ -424,7 +470,7 @@ proptest! {
                     let expected = match gate {
                         Gate::Frozen | Gate::Entering => Release::Withheld,
                         Gate::Protected if any && !fresh => Release::Expired,
-                        Gate::Protected | Gate::Passing => Release::Done,
+                        Gate::Protected | Gate::Passing | Gate::Leased => Release::Done,
                     };
                     prop_assert_eq!(barrier.release(EpochId(up_to), stamp), expected);
                     if gate == Gate::Protected {

@@ -63,6 +63,14 @@ pub struct Timing {
     pub stall_ms: u64,
     /// How long an acknowledgement permits release (rule 24), milliseconds.
     pub permission_ms: u64,
+    /// How long an acknowledgement lets a guest of mode `ha` show outputs, and how long the other host waits
+    /// after its last one before it may start the guest (rule 28), milliseconds.
+    #[serde(default = "default_lease_ms")]
+    pub lease_ms: u64,
+}
+
+fn default_lease_ms() -> u64 {
+    1000
 }
 
 impl Default for Timing {
@@ -72,6 +80,7 @@ impl Default for Timing {
             detect_ms: 100,
             stall_ms: 1000,
             permission_ms: 5,
+            lease_ms: default_lease_ms(),
         }
     }
 }

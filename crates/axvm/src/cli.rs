@@ -59,7 +59,7 @@ pub enum OnOff {
 pub enum ModeArg {
     /// A shadow on the other host takes over at the last committed epoch.
     Ft,
-    /// Restarted on the other host (not there yet).
+    /// Restarted on the other host; its disks are mirrored, its memory is not.
     Ha,
     /// Local only.
     None,

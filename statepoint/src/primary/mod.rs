@@ -111,6 +111,9 @@ pub struct PrimaryConfig {
     pub output_bytes: usize,
     /// Every so many epochs a digest of the whole RAM travels along; 0 never.
     pub verify_every: u64,
+    /// Outputs leave at once, each while a lease of so many nanoseconds from an acknowledgement lasts
+    /// (rule 28: disks are mirrored, nothing else); none: they wait for their epoch's acknowledgement.
+    pub lease_ns: Option<u64>,
     /// Initial copy: rounds before the rest is sent as an epoch whatever its size.
     pub copy_rounds: u32,
     /// Initial copy: dirty pages that are few enough for an epoch.
@@ -130,6 +133,7 @@ impl PrimaryConfig {
             state_bytes: 1 << 20,
             output_bytes: 1 << 20,
             verify_every: 0,
+            lease_ns: None,
             copy_rounds: 20,
             copy_rest: 1024,
         }

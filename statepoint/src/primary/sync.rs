@@ -26,6 +26,10 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         self.guest.track_dirty(true).map_err(CaptureError::Guest)?;
         self.tracking = true;
         let ram = self.guest.ram().to_vec();
+        if ram.is_empty() {
+            // Disks alone: an empty piece begins the copy, though they may have nothing to send either.
+            writer.frame(FrameKind::BulkDiskEnd, EpochId(0), |_| {})?;
+        }
         let mut total: u64 = ram.iter().map(|r| r.pages).sum();
         let mut sent = 0;
         let mut disks_done = false;
@@ -63,7 +67,10 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             round += 1;
         }
         self.events.copy_done();
-        self.shared.barrier.start_holding();
+        match self.config.lease_ns {
+            Some(lease) => self.shared.barrier.start_leasing(lease),
+            None => self.shared.barrier.start_holding(),
+        };
         writer.frame(FrameKind::SyncDone, EpochId(0), |_| {})?;
         writer.flush()?;
         Ok(())

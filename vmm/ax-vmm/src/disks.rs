@@ -18,8 +18,16 @@ pub struct MirroredDisk {
     pub log: Arc<WriteLog>,
     /// FLUSH completes when durable on both hosts (rule 15), not only here.
     pub sync: bool,
+    /// So it is while this is set (mode `ha`).
+    pub mirrored: Arc<AtomicBool>,
     /// The write in hand is in the log already, before its completion (rule 13: no later than that).
     pub recorded: AtomicBool,
+}
+
+impl MirroredDisk {
+    fn flushes_on_both(&self) -> bool {
+        self.sync || self.mirrored.load(Ordering::Acquire)
+    }
 }
 
 impl Disk for MirroredDisk {
@@ -51,7 +59,7 @@ impl Disk for MirroredDisk {
 
     fn flush(&self) -> io::Result<()> {
         self.image.flush()?;
-        if self.sync {
+        if self.flushes_on_both() {
             self.log.flush_on_shadow(self.unit);
         }
         Ok(())
@@ -59,7 +67,7 @@ impl Disk for MirroredDisk {
 
     fn write_durably(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.write(offset, data)?;
-        if self.sync {
+        if self.flushes_on_both() {
             // What the shadow is to make durable must be on its way to it.
             self.log.completed(self.unit, offset, data);
             self.recorded.store(true, Ordering::Relaxed);
@@ -75,7 +83,7 @@ impl Disk for MirroredDisk {
 
     fn flush_completed(&self) {
         // Where FLUSHes wait for the shadow, each is in the log since it was asked for.
-        if !self.sync {
+        if !self.flushes_on_both() {
             self.log.flushed(self.unit);
         }
     }
@@ -98,6 +106,7 @@ mod tests {
             image: Arc::new(image.unwrap()),
             log: Arc::new(WriteLog::new(1 << 16, || {})),
             sync,
+            mirrored: Arc::default(),
             recorded: AtomicBool::new(false),
         }
     }

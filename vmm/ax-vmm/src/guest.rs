@@ -109,34 +109,73 @@ impl SharedMachine {
 
 /// The engine's handle.
 #[derive(Clone, Debug)]
-pub struct EpochGuest(pub Arc<SharedMachine>);
+pub struct EpochGuest {
+    machine: Arc<SharedMachine>,
+    /// What an epoch takes of it.
+    part: Part,
+}
+
+/// What of a guest the two sides of a pair share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Everything: the other side goes on where this one was.
+    Whole,
+    /// Its disks: the other side boots it. Nothing is paused, nothing of its memory or state is looked at.
+    Disks,
+}
+
+impl EpochGuest {
+    /// A handle to `part` of the guest.
+    pub fn new(machine: &Arc<SharedMachine>, part: Part) -> EpochGuest {
+        EpochGuest {
+            machine: Arc::clone(machine),
+            part,
+        }
+    }
+
+    fn shared_ram(&self) -> &[RamRegion] {
+        match self.part {
+            Part::Whole => &self.machine.ram,
+            Part::Disks => &[],
+        }
+    }
+}
 
 impl Guest for EpochGuest {
     fn ram(&self) -> &[RamRegion] {
-        &self.0.ram
+        self.shared_ram()
     }
 
     fn track_dirty(&mut self, on: bool) -> Result<(), GuestError> {
-        self.0
+        if self.part == Part::Disks {
+            return Ok(());
+        }
+        self.machine
             .lock()
             .track_dirty(on)
             .map_err(failed("switch dirty tracking"))
     }
 
     fn dirty_estimate(&mut self) -> Result<usize, GuestError> {
-        self.0
+        if self.part == Part::Disks {
+            return Ok(0);
+        }
+        self.machine
             .lock()
             .dirty_estimate()
             .map_err(failed("count dirty pages"))
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {
-        self.0.take_turn();
-        self.0
+        if self.part == Part::Disks {
+            return Ok(());
+        }
+        self.machine.take_turn();
+        self.machine
             .lock()
             .pause()
             .map_err(failed("pause"))
-            .inspect_err(|_| self.0.end_turn())
+            .inspect_err(|_| self.machine.end_turn())
     }
 
     fn pause_and<T: Send, R: Send>(
@@ -144,7 +183,10 @@ impl Guest for EpochGuest {
         of: impl Fn(&mut T) -> &mut Self,
         act: impl FnOnce(&mut T) -> R + Send,
     ) -> Result<R, GuestError> {
-        let shared = Arc::clone(&of(whole).0);
+        if of(whole).part == Part::Disks {
+            return Ok(act(whole));
+        }
+        let shared = Arc::clone(&of(whole).machine);
         shared.take_turn();
         let mut act = Some(act);
         let mut done = Err(vmm::Error::VcpuGone);
@@ -172,59 +214,81 @@ impl Guest for EpochGuest {
     }
 
     fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError> {
-        self.0
+        if self.part == Part::Disks {
+            return Ok(());
+        }
+        self.machine
             .lock()
             .save(out)
             .map_err(failed("save the machine's state"))
     }
 
     fn harvest(&mut self, dirty: &mut Vec<Page>) -> Result<(), GuestError> {
-        self.0
+        if self.part == Part::Disks {
+            dirty.clear();
+            return Ok(());
+        }
+        self.machine
             .lock()
             .harvest(dirty)
             .map_err(failed("harvest dirty pages"))
     }
 
     fn give_back(&mut self, pages: &[Page]) {
-        self.0.lock().give_back(pages);
+        if self.part == Part::Disks {
+            return;
+        }
+        self.machine.lock().give_back(pages);
     }
 
     fn read_pages(&self, first: Page, out: &mut [u8]) -> Result<(), GuestError> {
-        self.0
+        self.machine
             .lock()
             .read_pages(first, out)
             .map_err(failed("read guest memory"))
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        let resumed = if self.0.is_parked() {
+        if self.part == Part::Disks {
+            return Ok(());
+        }
+        let resumed = if self.machine.is_parked() {
             Ok(())
         } else {
-            self.0.lock().resume()
+            self.machine.lock().resume()
         };
-        self.0.end_turn();
+        self.machine.end_turn();
         resumed.map_err(failed("resume"))
     }
 
     fn resumed_ns(&self) -> Option<u64> {
-        self.0.lock().resumed_ns()
+        if self.part == Part::Disks {
+            return None;
+        }
+        self.machine.lock().resumed_ns()
     }
 }
 
 impl ShadowGuest for EpochGuest {
     fn ram(&self) -> &[RamRegion] {
-        &self.0.ram
+        self.shared_ram()
     }
 
     fn write_pages(&mut self, first: Page, data: &[u8]) -> Result<(), GuestError> {
-        self.0
+        if self.part == Part::Disks {
+            return Err(GuestError {
+                doing: "write guest memory",
+                source: "this VM shares its disks alone, and pages came".into(),
+            });
+        }
+        self.machine
             .lock()
             .write_pages(first, data)
             .map_err(failed("write guest memory"))
     }
 
     fn read_pages(&self, first: Page, out: &mut [u8]) -> Result<(), GuestError> {
-        self.0
+        self.machine
             .lock()
             .read_pages(first, out)
             .map_err(failed("read guest memory"))

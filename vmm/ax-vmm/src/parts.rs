@@ -1,7 +1,7 @@
 //! Everything that lives as long as the process, whatever its role: made once, wired once.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ax_api::process::{Arbiter, Security as SecuritySpec, Spec};
 use ax_api::vm::{Boot, DirtySource, Secondary};
@@ -108,6 +108,9 @@ pub struct Parts {
     pub console: Arc<Console>,
     /// Whoever captures epochs now.
     pub bell: EngineBell,
+    /// The other side shares the disks alone (mode `ha`): every FLUSH is durable on both, and it is not told
+    /// of received frames.
+    pub mirrored: Arc<AtomicBool>,
     /// How connections are protected.
     pub security: Security,
 }
@@ -214,6 +217,7 @@ impl Parts {
             ..BarrierConfig::default()
         };
         let barrier = Arc::new(Barrier::new(config, Box::new(sink), Arc::new(Boottime)));
+        let mirrored = Arc::new(AtomicBool::new(false));
         let disk = |(unit, image): (usize, &Arc<Image>)| {
             let (image, log) = (Arc::clone(image), Arc::clone(&log));
             let secondary = spec.vm.disks.get(unit).map(|disk| disk.secondary);
@@ -222,6 +226,7 @@ impl Parts {
                 image,
                 log,
                 sync: secondary == Some(Secondary::Sync),
+                mirrored: Arc::clone(&mirrored),
                 recorded: AtomicBool::new(false),
             }) as Arc<dyn Disk>
         };
@@ -247,6 +252,7 @@ impl Parts {
             taps,
             console,
             bell,
+            mirrored,
             security,
         })
     }
@@ -290,10 +296,13 @@ impl Parts {
     /// The thread could not be started.
     pub fn receive(&self) -> Result<(), Error> {
         let (handle, bell) = (self.handle.clone(), self.bell.clone());
+        let mirrored = Arc::clone(&self.mirrored);
         let deliver = move |nic: u8, frame: &[u8]| {
             // This thread alone gives the device frames, so the next one's number is known.
             let number = handle.rx_delivered(nic.into()) + 1;
-            bell.with(|engine| engine.received(nic, number, frame));
+            if !mirrored.load(Ordering::Relaxed) {
+                bell.with(|engine| engine.received(nic, number, frame));
+            }
             give(&handle, nic, frame);
         };
         self.taps.receive(deliver).map_err(Error::Thread)

@@ -4,6 +4,7 @@
 //! the other until it is told to stop, the peer is given up, or the final epoch is acknowledged.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,7 +27,7 @@ use statepoint::shadow::CommittedState;
 use vmm::MachineHandle;
 
 use crate::error::Error;
-use crate::guest::EpochGuest;
+use crate::guest::{EpochGuest, Part};
 use crate::parts::Parts;
 use crate::session::{self, SessionError, Talk};
 
@@ -232,6 +233,8 @@ pub struct Setting {
     pub timing: LinkTiming,
     /// Number of network devices.
     pub nics: usize,
+    /// What of the guest the shadow shares.
+    pub part: Part,
 }
 
 fn primary_link(forward: Stream, backward: Stream) -> std::io::Result<PrimaryLink> {
@@ -270,6 +273,7 @@ impl Protection {
             config,
             timing,
             nics,
+            part,
         } = setting;
         let shadow = config.shadow;
         let events = Arc::new(Events {
@@ -278,7 +282,7 @@ impl Protection {
         });
         let (mut engine, handle) = PrimaryEngine::new(
             config,
-            EpochGuest(Arc::clone(&parts.machine)),
+            EpochGuest::new(&parts.machine, part),
             Source::of(parts, nics),
             events,
             Arc::clone(&parts.barrier),
@@ -364,6 +368,7 @@ impl Protection {
             .name("epochs".into())
             .spawn(run)
             .map_err(Error::Thread)?;
+        parts.mirrored.store(part == Part::Disks, Ordering::Release);
         parts.bell.set(Some(handle.clone()));
         Ok(Protection {
             shadow,

@@ -20,7 +20,7 @@ use statepoint::shadow::{
 };
 
 use crate::error::Error;
-use crate::guest::EpochGuest;
+use crate::guest::{EpochGuest, Part};
 use crate::outside::Taps;
 use crate::parts::Parts;
 use crate::session::{self, Gathered};
@@ -169,6 +169,8 @@ pub struct Setting {
     pub spill_dir: PathBuf,
     /// What this process has already when it was the primary until now (rule 25).
     pub from: Option<Inheritance>,
+    /// What of the guest it shares.
+    pub part: Part,
 }
 
 fn shadow_link(forward: Stream, backward: Stream) -> std::io::Result<ShadowLink> {
@@ -210,7 +212,7 @@ impl Shadowing {
         let config = ShadowConfig::new(primary, setting.me, setting.spill_dir);
         let (mut engine, handle) = ShadowEngine::new(
             config,
-            EpochGuest(Arc::clone(&parts.machine)),
+            EpochGuest::new(&parts.machine, setting.part),
             Disks(Arc::clone(&replica)),
             setting.from,
             Arc::new(Events {

@@ -18,6 +18,7 @@ use super::{Conductor, Input, Life};
 use crate::asker::{self, Asker};
 use crate::control::{self, Boards};
 use crate::error::Error;
+use crate::guest::Part;
 use crate::hello::hello;
 use crate::session::{Gathering, Took};
 
@@ -58,6 +59,10 @@ impl Conductor {
         } else {
             // A shadow that can't open its taps could never take over.
             self.parts.taps.try_out()?;
+            if self.part() == Part::Disks {
+                // Nor could one that is to boot the guest and lacks what it boots from.
+                self.parts.machine.lock().boot()?;
+            }
         }
         if self.spec.peer.is_some() {
             self.listen()?;
@@ -93,7 +98,8 @@ impl Conductor {
 
     pub(super) fn flush(&self) -> Flush {
         let sync = |d: &ax_api::vm::Disk| d.secondary == Secondary::Sync;
-        if !self.spec.vm.disks.is_empty() && self.spec.vm.disks.iter().all(sync) {
+        let mirrored = self.part() == Part::Disks;
+        if mirrored || (!self.spec.vm.disks.is_empty() && self.spec.vm.disks.iter().all(sync)) {
             Flush::Both
         } else {
             Flush::Local

@@ -33,6 +33,7 @@ use statepoint::shadow::Inheritance;
 
 use super::{Conductor, Ended, Stint};
 use crate::error::Error;
+use crate::guest::Part;
 use crate::protect::{HandedOver, Protecting};
 use crate::session::Talk;
 use crate::shadowing::Shadowing;
@@ -87,6 +88,11 @@ impl Conductor {
         }
         if self.parts.machine.is_parked() {
             return Err("the VM is paused; `axvm resume` it first".into());
+        }
+        if self.part() == Part::Disks {
+            let why = "a VM of mode ha is not moved while it runs: `axvm set-mode` it to ft first, or stop \
+                       it and start it on the other host";
+            return Err(why.into());
         }
         if self.changing.is_some() {
             return Err("the VM's mode is being changed; try again in a moment".into());

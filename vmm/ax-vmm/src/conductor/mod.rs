@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use ax_api::process::{Reply, Role, Spec, Start};
 use ax_api::vm::Mode;
 use ax_link::Incoming;
-use ax_wire::record::Member;
+use ax_wire::record::{Flush, Member, Record, State};
 use ax_wire::{EpochId, Incarnation, Side};
 use statepoint::pair::{Event, Pair, Phase};
 use statepoint::shadow::CommittedState;
@@ -112,6 +112,8 @@ struct Conductor {
     parting: Option<Parting>,
     /// What a promotion starts from: finished, and restored into the machine.
     prepared: Option<CommittedState>,
+    /// When this process began.
+    born: Instant,
     permission_over: Option<Instant>,
     lost_at: Option<Instant>,
     copied: (u64, u64),
@@ -182,6 +184,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         turning: None,
         parting: None,
         prepared: None,
+        born: Instant::now(),
         permission_over: None,
         lost_at: None,
         copied: (0, 0),
@@ -331,6 +334,9 @@ impl Conductor {
                 }
                 let fresh = matches!(self.life, Life::Unborn);
                 if fresh && self.spec.start == Start::Boot {
+                    if let Some(wait) = self.lease_left(&record) {
+                        return self.hear_later(heard, wait);
+                    }
                     let (pair, actions) = Pair::starting(self.me, self.flush(), record.generation);
                     self.life = Life::Paired(pair);
                     for action in actions {
@@ -371,6 +377,34 @@ impl Conductor {
                 Ok(())
             }
         }
+    }
+
+    /// What is left of a lease that the other side may have from an earlier process of this one, which began
+    /// and ended before this one began (rule 28).
+    fn lease_left(&self, record: &Record) -> Option<Duration> {
+        let State::Ft {
+            holder,
+            flush: Flush::Both,
+            ..
+        } = record.state
+        else {
+            return None;
+        };
+        let lease = Duration::from_millis(self.spec.timing.lease_ms);
+        let lease = lease + lease / 50 + DRIFT_MARGIN;
+        let left = lease.saturating_sub(self.born.elapsed());
+        (holder.side != self.me.side && !left.is_zero()).then_some(left)
+    }
+
+    /// Hears it again after a while.
+    fn hear_later(&self, heard: Heard, wait: Duration) -> Result<(), Error> {
+        let tell = self.sender.clone();
+        let wake = move || {
+            std::thread::sleep(wait);
+            let _ = tell.send(Input::Heard(heard));
+        };
+        let spawned = std::thread::Builder::new().name("later".into()).spawn(wake);
+        spawned.map(drop).map_err(Error::Thread)
     }
 
     /// Begins a new stint.

@@ -49,9 +49,6 @@ impl Conductor {
         if self.leaving {
             return Err("the VM is being stopped or moved; try again in a moment".into());
         }
-        if to == Mode::Ha {
-            return Err("mode ha is not there yet".into());
-        }
         let step = match (&self.life, self.phase()) {
             (Life::Local, _) if to == Mode::None => None,
             (Life::Local, _) => Some(self.learn_of_pair()?),

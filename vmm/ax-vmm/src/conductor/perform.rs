@@ -9,6 +9,7 @@ use statepoint::pair::{Action, Ending, Event};
 
 use super::{Conductor, DRIFT_MARGIN, Ended};
 use crate::error::Error;
+use crate::guest::Part;
 use crate::protect::Parked;
 
 impl Conductor {
@@ -28,13 +29,22 @@ impl Conductor {
             }
             Action::FreezeOutputs => self.parts.barrier.freeze(),
             Action::HoldOutputs => {
-                self.parts.barrier.start_holding();
+                match self.part() {
+                    Part::Whole => self.parts.barrier.start_holding(),
+                    Part::Disks => {
+                        let lease = Duration::from_millis(self.spec.timing.lease_ms);
+                        let lease = lease.as_nanos() as u64;
+                        self.parts.barrier.start_leasing(lease)
+                    }
+                };
             }
             Action::ReleaseAlone(record) => self.release_alone(record),
             Action::ReleaseAcked(record) => match FtGrant::of(&record, self.me) {
                 Some(grant) => match &self.protection {
                     Some(protection) => {
-                        self.parts.barrier.protect(grant);
+                        if self.part() == Part::Whole {
+                            self.parts.barrier.protect(grant);
+                        }
                         protection.granted(record.generation);
                     }
                     None => self.release_turned(grant),
@@ -47,8 +57,7 @@ impl Conductor {
                 }
             }
             Action::AwaitPermissionOver => {
-                let permission = Duration::from_millis(self.spec.timing.permission_ms);
-                self.permission_over = Some(Instant::now() + permission + DRIFT_MARGIN);
+                self.permission_over = Some(Instant::now() + self.permission());
                 // Before anyone is asked: a record that names this side must never be ahead of what
                 // this side holds (I4).
                 if let Err(why) = self.prepare(false) {
@@ -118,6 +127,18 @@ impl Conductor {
         Ok(())
     }
 
+    /// How long after this side's last acknowledgement the other one may still show outputs, with what two
+    /// clocks may drift apart in that time (rules 24, 28).
+    pub(super) fn permission(&self) -> Duration {
+        match self.part() {
+            Part::Whole => Duration::from_millis(self.spec.timing.permission_ms) + DRIFT_MARGIN,
+            Part::Disks => {
+                let lease = Duration::from_millis(self.spec.timing.lease_ms);
+                lease + lease / 50 + DRIFT_MARGIN
+            }
+        }
+    }
+
     /// Lets the guest run from boot. The record that allows it is durable beside the images first.
     pub(super) fn start_guest(&mut self, record: Option<Record>) -> Result<(), Error> {
         if let Some(record) = record {
@@ -137,6 +158,10 @@ impl Conductor {
         self.leaving = true;
         match &self.protection {
             Some(protection) => {
+                if self.part() == Part::Disks {
+                    // Its epochs park nobody.
+                    self.parts.machine.park(true)?;
+                }
                 protection.engine.request_final_epoch();
                 Ok(())
             }

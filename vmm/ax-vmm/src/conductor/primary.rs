@@ -17,6 +17,7 @@ use statepoint::primary::{PrimaryConfig, Start as EngineStart};
 
 use super::{Conductor, Input, Stint};
 use crate::error::Error;
+use crate::guest::Part;
 use crate::hello::hello;
 use crate::protect::{self, Protecting, Protection};
 use crate::session::{self, Dialled};
@@ -116,6 +117,14 @@ impl Conductor {
         }
     }
 
+    /// What of the guest the two sides share, by its mode.
+    pub(super) fn part(&self) -> Part {
+        match self.spec.vm.mode {
+            Mode::Ha => Part::Disks,
+            Mode::Ft | Mode::None => Part::Whole,
+        }
+    }
+
     pub(super) fn link_timing(&self) -> LinkTiming {
         LinkTiming {
             interval: Duration::from_millis(self.spec.timing.heartbeat_ms),
@@ -196,7 +205,16 @@ impl Conductor {
 
     fn begin_protection(&mut self, dialled: Dialled, dial: &Dial) -> Result<Protection, Error> {
         let mut config = PrimaryConfig::new(dial.session, dial.shadow, dial.start);
-        config.verify_every = self.spec.vm.verify_every.unwrap_or(0).into();
+        let part = self.part();
+        match part {
+            Part::Whole => {
+                config.verify_every = self.spec.vm.verify_every.unwrap_or(0).into();
+            }
+            Part::Disks => {
+                let lease = Duration::from_millis(self.spec.timing.lease_ms);
+                config.lease_ns = Some(lease.as_nanos() as u64);
+            }
+        }
         config.state_bytes = config
             .state_bytes
             .max(self.parts.machine.lock().state_capacity());
@@ -205,6 +223,7 @@ impl Conductor {
             config,
             timing: self.link_timing(),
             nics: self.spec.vm.nics.len(),
+            part,
         };
         let (tell, stint) = (self.sender.clone(), self.next_stint());
         let tell = Arc::new(move |what| {

@@ -54,6 +54,7 @@ impl Conductor {
             timing: self.link_timing(),
             spill_dir: self.spec.state_dir.clone(),
             from,
+            part: self.part(),
         };
         let shadowing = Shadowing::begin(&self.parts, primary, setting, tell)?;
         self.board.follows(Some(shadowing.engine.clone()));
