@@ -57,14 +57,13 @@ pub enum Asker {
     Peer,
 }
 
-/// A claim by [`Daemon::claim_behind`].
-pub struct BehindClaim {
+/// What is done with a VM while this lives, axd does of its own accord.
+pub struct Behind {
     daemon: Arc<Daemon>,
     name: String,
-    _claim: OwnedMutexGuard<()>,
 }
 
-impl Drop for BehindClaim {
+impl Drop for Behind {
     fn drop(&mut self) {
         self.daemon.behind.lock().remove(&self.name);
     }
@@ -219,15 +218,22 @@ impl Daemon {
     ///
     /// # Errors
     /// Another operation is under way.
-    pub fn claim_behind(self: &Arc<Self>, name: &str) -> Result<BehindClaim, Failure> {
+    pub fn claim_behind(
+        self: &Arc<Self>,
+        name: &str,
+    ) -> Result<(Behind, OwnedMutexGuard<()>), Failure> {
         let lock = self.operation(name).try_lock_owned();
         let claim = lock.map_err(|_| self.under_way(name))?;
+        Ok((self.behind(name), claim))
+    }
+
+    /// From here on what is done with a VM is axd's own: an operator's command waits for it.
+    pub fn behind(self: &Arc<Self>, name: &str) -> Behind {
         self.behind.lock().insert(name.to_owned());
-        Ok(BehindClaim {
+        Behind {
             daemon: self.clone(),
             name: name.to_owned(),
-            _claim: claim,
-        })
+        }
     }
 
     /// The specification of a VM's process on this host.

@@ -99,7 +99,10 @@ impl Daemon {
     pub(crate) async fn give_up(&self, process: &Arc<Process>) -> bool {
         if process.exited().is_none() {
             let order = control::order(&process.control, &Request::GiveUp, control::PATIENCE);
-            if order.await.is_err() && process.exited().is_none() {
+            if order.await.is_err()
+                // It may have been about to end anyhow.
+                && tokio::time::timeout(ASK_EVERY * 25, process.wait()).await.is_err()
+            {
                 return false;
             }
             process.kill_and_wait().await;

@@ -471,6 +471,7 @@ impl Daemon {
         name: &str,
         tell: &Tell,
     ) -> Result<String, Failure> {
+        let _behind = self.behind(name);
         self.start(name, None, true, true, tell).await
     }
 

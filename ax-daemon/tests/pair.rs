@@ -318,16 +318,16 @@ fn without_its_peer_an_ft_vm_starts_only_when_told_to_run_alone() {
 }
 
 #[test]
-fn a_local_vm_needs_no_peer_and_ha_is_refused() {
+fn a_local_vm_needs_no_peer() {
     let mut pair = Pair::new();
     pair.a.start();
     pair.a.done(&start(vm("web", Mode::None, "")));
     assert_eq!(pair.a.show("web").state, State::Unprotected);
     pair.a.done(&stop("web", false));
     pair.a.assert_clean("web");
-    let (code, why) = pair.a.fails(&start(vm("hav", Mode::Ha, "")));
-    assert_eq!(code, Code::Usage);
-    assert!(why.contains("ha"), "{why}");
+    for mode in [Mode::Ft, Mode::Ha] {
+        assert_eq!(pair.a.fails(&start(vm("other", mode, ""))).0, Code::Peer);
+    }
     assert_eq!(pair.a.fails(&start_known("nobody")).0, Code::NoSuchVm);
     assert_eq!(pair.a.fails(&stop("nobody", false)).0, Code::NoSuchVm);
     // It does not run here; whether it does on b nobody can say.

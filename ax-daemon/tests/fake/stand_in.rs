@@ -215,7 +215,7 @@ impl Fake {
                 return;
             }
             match serde_json::from_str::<Request>(&line).unwrap() {
-                Request::Quit => exit(0),
+                Request::Quit | Request::GiveUp => exit(0),
                 Request::Stop => {
                     if let Some(peer) = &mut self.state.lock().unwrap().peer {
                         let _ = peer.write_all(b"s");
