@@ -1,6 +1,7 @@
 //! The two commands of the README, and the benches.
 //!
 //! - `cargo xtask demo`: a fault-tolerant pair, a client, a dead host ([`demo`])
+//! - `cargo xtask campaign`: faults drawn by a seed, one after the other ([`campaign`])
 //! - `cargo xtask test`: every test, and by name those that could not run here ([`test`])
 //! - `cargo xtask bench`: the benches, in their own profile
 //!
@@ -8,6 +9,7 @@
 //! of their own.
 
 mod apart;
+mod campaign;
 mod demo;
 mod summary;
 mod test;
@@ -33,6 +35,10 @@ enum Task {
     /// Exits 0 when nobody outside could tell, 1 when somebody could or something failed, 3 when
     /// this machine has no usable KVM.
     Demo(demo::Options),
+    /// One protected guest, its clients, and one fault after the other (takes seconds a fault).
+    ///
+    /// Exits 0 when nothing was lost or run twice and the guest was protected again after each.
+    Campaign(campaign::Options),
     /// Run every test; list by name those that could not run here.
     Test(test::Options),
     /// Run the benches (takes minutes; arguments go to them).
@@ -64,6 +70,7 @@ fn main() -> ExitCode {
         .init();
     let done = match Cli::parse().task {
         Task::Demo(options) => demo::run(&options),
+        Task::Campaign(options) => campaign::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench { args } => test::bench(&args),
     };
