@@ -4,7 +4,7 @@
 //! - [`message`]: what a host and a witness say to each other;
 //! - [`store`], [`witness`]: the durable server (`axd witness`);
 //! - [`client`]: a host's side, with a warm connection;
-//! - [`manual`]: no witness: an operator, or both hosts together, decide.
+//! - [`word`], [`manual`]: no third party: an operator, or both hosts together, decide.
 //!
 //! The record itself is [`ax_wire::record`]. A grant is the only thing that lets a side of a pair
 //! release output (I3); no observation about the peer, however convincing, replaces one.
@@ -16,6 +16,7 @@ pub mod message;
 pub mod rules;
 pub mod store;
 pub mod witness;
+pub mod word;
 
 pub use client::{AskError, Client};
 pub use manual::Manual;
