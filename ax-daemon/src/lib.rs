@@ -17,7 +17,7 @@
 //!   and finding it again. [`journal`], [`images`]: what a start leaves on disk.
 //! - [`daemon`]: what an axd holds, and the way of a request. [`start`] and [`shadow`]: all or
 //!   nothing, on this host and the other. [`ops`]: the rest.
-//!   [`console`], [`events`], [`autostart`].
+//!   [`console`], [`events`], [`autostart`]. [`word`]: what this host says of a pair's record.
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
 
@@ -44,3 +44,4 @@ pub mod store;
 pub mod supervise;
 pub mod sync;
 pub mod witness;
+pub mod word;

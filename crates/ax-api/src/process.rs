@@ -9,6 +9,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use ax_wire::word::{Answer, Letter};
 use ax_wire::{Generation, Incarnation};
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +51,30 @@ pub enum Arbiter {
     },
     /// Nobody but an operator: a guest that lost its peer is held.
     Manual,
+}
+
+impl Arbiter {
+    /// What an operator should know of it before a host fails; none when nothing has to be done then.
+    pub fn warning(&self) -> Option<&'static str> {
+        match self {
+            Arbiter::Witness { .. } => None,
+            Arbiter::Manual => Some(
+                "no witness is configured: when a host is lost its guests are held until an operator \
+                 says `axvm resume NAME --i-know-the-peer-is-dead` on the other one",
+            ),
+        }
+    }
+}
+
+impl std::fmt::Display for Arbiter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Arbiter::Witness { name, .. } => write!(f, "witness {name}"),
+            Arbiter::Manual => {
+                f.write_str("manual: both hosts together, or an operator's word when one is lost")
+            }
+        }
+    }
 }
 
 /// Times that decide.
@@ -97,6 +122,9 @@ pub struct Spec {
     pub security: Security,
     /// Who decides who may run.
     pub arbiter: Arbiter,
+    /// Where the other host's axd listens.
+    #[serde(default)]
+    pub peer_axd: Vec<SocketAddr>,
     /// Times that decide.
     pub timing: Timing,
 }
@@ -158,6 +186,9 @@ pub struct Status {
     pub role: Role,
     /// Where it is.
     pub phase: Phase,
+    /// What an operator must hear of, whatever the phase.
+    #[serde(default)]
+    pub warning: Option<String>,
     /// Protection it aims at.
     pub mode: Mode,
     /// Generation it runs under.
@@ -236,6 +267,11 @@ pub enum Request {
     Quit,
     /// The operator's word (manual arbitration): the peer is dead, go on.
     PeerIsDead,
+    /// The other host writes about the pair's record. Answered by [`Reply::Word`].
+    Word {
+        /// What it writes.
+        letter: Letter,
+    },
     /// The axd of the other host confirms that the peer process is gone.
     PeerGone {
         /// Which run of it.
@@ -262,6 +298,11 @@ pub enum Reply {
     Console {
         /// Offset in the guest's whole console stream.
         offset: u64,
+    },
+    /// To [`Request::Word`].
+    Word {
+        /// What this host says.
+        answer: Answer,
     },
     /// Not done; nothing has changed.
     Refused {

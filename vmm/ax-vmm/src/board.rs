@@ -20,6 +20,7 @@ const RECENT: Duration = Duration::from_secs(5);
 struct Facts {
     role: Role,
     phase: Phase,
+    warning: Option<String>,
     generation: Generation,
     listen: Vec<SocketAddr>,
     shadow: Option<ShadowHandle>,
@@ -71,6 +72,7 @@ impl Board {
         let facts = Facts {
             role,
             phase: Phase::Starting,
+            warning: None,
             generation: Generation(0),
             listen: Vec::new(),
             shadow: None,
@@ -89,6 +91,11 @@ impl Board {
     /// Where a primary can reach this process.
     pub fn listens(&self, at: Vec<SocketAddr>) {
         self.facts.lock().listen = at;
+    }
+
+    /// What an operator must hear of.
+    pub fn warn(&self, of: String) {
+        self.facts.lock().warning = Some(of);
     }
 
     /// The engine that follows a primary, if one does.
@@ -136,6 +143,7 @@ impl Board {
             incarnation: self.incarnation,
             role: facts.role,
             phase: facts.phase.clone(),
+            warning: facts.warning.clone(),
             mode: self.spec.vm.mode,
             generation: facts.generation,
             listen: facts.listen.clone(),

@@ -265,6 +265,14 @@ impl Parts {
         Ok(Connector::new(self.security.clone(), pairs, peer))
     }
 
+    /// Leads to the other host's axd.
+    ///
+    /// # Errors
+    /// The peer has no usable name.
+    pub fn peer_axd(&self, spec: &Spec) -> Result<Connector, Error> {
+        self.connector(spec, &spec.peer_axd)
+    }
+
     /// Leads to the witness; none where an operator decides.
     ///
     /// # Errors
