@@ -92,6 +92,11 @@ fn uplink(site: &Site, side: Side) -> &Cable {
     }
 }
 
+fn power_cycle(site: &mut Site, side: Side) {
+    site.host(side).power_on().unwrap();
+    site.start_axd(side).unwrap();
+}
+
 fn only_on(site: &Site, side: Side) {
     eventually("the other side's process ends", || {
         processes(site, side.other()) == 0
@@ -233,17 +238,35 @@ fn a_guest_moves_there_and_back_stops_and_starts_where_the_hosts_agree() {
     site.run_axvm(Side::B, &["start", "vm"]).unwrap();
     assert_eq!(site.primary(Side::A, "vm").unwrap(), Some(Side::B));
     // Alone, a guest may be stopped in order all the same.
-    site.axd(Side::A).unwrap().kill().unwrap();
     site.host(Side::A).kill_all().unwrap();
     eventually("it waits", || state(&site, Side::B).contains(WORD));
     word(&site, Side::B);
     eventually("it runs", || state(&site, Side::B).contains("alone"));
     site.run_axvm(Side::B, &["stop", "vm"]).unwrap();
     assert_eq!(processes(&site, Side::B), 0);
-    site.start_axd(Side::A).unwrap();
+    power_cycle(&mut site, Side::A);
     let stale = output(&site, Side::A, &["start", "vm"]);
     assert_eq!(stale.status.code(), Some(12), "I4: {stale:?}");
     site.run_axvm(Side::B, &["start", "vm"]).unwrap();
+}
+
+/// The processes agree directly; the daemons are not on the guest's path.
+#[test]
+fn with_the_other_hosts_daemon_dead_a_guest_moves_there_all_the_same() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let mut site = site();
+    let clients = Clients::start(&site);
+    site.axd(Side::B).unwrap().kill().unwrap();
+    site.run_axvm(Side::A, &["failover", "vm"]).unwrap();
+    clients.go_on(100);
+    // The new holder is alone when this host's process dies, and this host's daemon agrees.
+    site.run_axvm(Side::A, &["kill", "vm", "--host", "a"])
+        .unwrap();
+    clients.go_on(200);
+    assert_eq!(processes(&site, Side::A), 0);
+    clients.are_content();
 }
 
 /// Rule 23: the side that the record names starts when the other host is there to agree, and by an
@@ -260,13 +283,13 @@ fn after_both_hosts_died_the_guest_starts_where_its_record_says_or_by_the_operat
         }
     };
     both_die(&mut site);
-    site.start_axd(Side::B).unwrap();
+    power_cycle(&mut site, Side::B);
     let held = output(&site, Side::B, &["start", "vm", "--alone-ok"]);
     let text = String::from_utf8_lossy(&held.stdout).into_owned();
     assert!(held.status.success(), "{held:?}");
     assert!(text.contains("is held") && text.contains(WORD), "{text}");
     assert!(text.contains("loses what side A has done"), "{text}");
-    site.start_axd(Side::A).unwrap();
+    power_cycle(&mut site, Side::A);
     eventually("with its peer back b knows better", || {
         processes(&site, Side::B) == 0
     });
@@ -274,13 +297,13 @@ fn after_both_hosts_died_the_guest_starts_where_its_record_says_or_by_the_operat
     assert_eq!(refused.status.code(), Some(12), "I4: {refused:?}");
     site.run_axvm(Side::A, &["start", "vm"]).unwrap();
     both_die(&mut site);
-    site.start_axd(Side::B).unwrap();
+    power_cycle(&mut site, Side::B);
     output(&site, Side::B, &["start", "vm", "--alone-ok"]);
     word(&site, Side::B);
     eventually("it runs", || state(&site, Side::B).contains("alone"));
     Clients::start(&site).are_content();
     // The other host learns of it when it is back.
-    site.start_axd(Side::A).unwrap();
+    power_cycle(&mut site, Side::A);
     eventually("a knows", || {
         let record = site.data_dir(Side::A).join("vms/vm/state/record.json");
         let mine = site.data_dir(Side::B).join("vms/vm/state/record.json");
