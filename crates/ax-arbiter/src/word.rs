@@ -8,8 +8,10 @@
 //! - **Told.** By an operator's word a host changes its record alone and remembers the record both had.
 //!   When the hosts meet, one that was not told adopts; two that were told is a [`Meeting::Conflict`].
 
+use std::cmp::Ordering;
+
 use ax_wire::Side;
-use ax_wire::record::{Arbiter, Change, Decision, Member, Record, Refusal, Request};
+use ax_wire::record::{Arbiter, Change, Decision, Member, Record, Refusal, Request, Why};
 use ax_wire::word::{Answer, Known, Letter, Said, Unwilling};
 
 use crate::rules::{self, Word};
@@ -49,24 +51,27 @@ pub fn meet(mine: Option<&Known>, theirs: Option<&Known>) -> Meeting {
     if began_at(theirs, &mine.record) {
         return Meeting::Theirs;
     }
-    match (mine.alone_since, theirs.alone_since) {
-        (Some(_), Some(_)) => Meeting::Conflict,
-        // What the other one has besides was agreed to and not acted on.
-        (Some(_), None) => Meeting::Mine,
-        (None, Some(_)) => Meeting::Theirs,
-        (None, None) => half_agreed(&mine.record, &theirs.record),
+    if mine.alone_since.is_some() && theirs.alone_since.is_some() {
+        return Meeting::Conflict;
+    }
+    match mine.record.generation.cmp(&theirs.record.generation) {
+        // Also when the other one speaks of a change that this host has long heard of: a letter may be
+        // late, and its writer gone.
+        Ordering::Greater => Meeting::Mine,
+        Ordering::Less => Meeting::Theirs,
+        Ordering::Equal => of_one_generation(mine, theirs),
     }
 }
 
-/// Neither was told anything: an agreement was cut short. The one who asked records last, and acts
-/// after that, so of two different records of a generation neither has been acted on: any will do as
-/// long as both hosts choose the same.
-fn half_agreed(mine: &Record, theirs: &Record) -> Meeting {
-    let by = |record: &Record| record.by.map(|by| by.side);
-    match mine.generation.cmp(&theirs.generation) {
-        std::cmp::Ordering::Greater => Meeting::Mine,
-        std::cmp::Ordering::Less => Meeting::Theirs,
-        std::cmp::Ordering::Equal => match (by(mine), by(theirs)) {
+/// Two records of one generation. One changed by a word stands: the other one was agreed to and nobody
+/// has acted on it. Of two that were agreed to nobody has acted on either (who asks records last, and
+/// acts after that): any will do as long as both hosts choose the same.
+fn of_one_generation(mine: &Known, theirs: &Known) -> Meeting {
+    let by = |known: &Known| known.record.by.map(|by| by.side);
+    match (mine.alone_since, theirs.alone_since) {
+        (Some(_), _) => Meeting::Mine,
+        (_, Some(_)) => Meeting::Theirs,
+        _ => match (by(mine), by(theirs)) {
             (Some(Side::A), Some(Side::B)) => Meeting::Mine,
             (Some(Side::B), Some(Side::A)) => Meeting::Theirs,
             _ => Meeting::Conflict,
@@ -103,12 +108,20 @@ fn objection(stance: Stance, record: &Record, request: &Request) -> Option<Unwil
         Change::StartByOperator | Change::MoveArbiter { .. } => Some(Unwilling::NotByAgreement),
         Change::Start if !fresh => Some(Unwilling::Lives),
         Change::TakeSolo if me.is_some() && record.holder() == me => Some(Unwilling::Holds),
-        // Protection by a process that is gone, or a guest handed to it, would end at once.
-        Change::EnterFt { shadow, .. } if me.map(|me| me.incarnation) != Some(shadow) => {
-            Some(Unwilling::Gone)
-        }
-        Change::Handover if me.is_none() || record.shadow() != me => Some(Unwilling::Gone),
         _ => None,
+    }
+}
+
+/// True for a change that counts on a process of this host which is gone, and so for good.
+fn counts_on_the_dead(stance: Stance, record: &Record, request: &Request) -> bool {
+    let me = match stance {
+        Stance::Empty => None,
+        Stance::Process { me, .. } => Some(me),
+    };
+    match request.change {
+        Change::EnterFt { shadow, .. } => me.map(|me| me.incarnation) != Some(shadow),
+        Change::Handover => me.is_none() || record.shadow() != me,
+        _ => false,
     }
 }
 
@@ -141,6 +154,13 @@ pub fn answer(
     match rules::decide(Arbiter::Operator, Some(&known.record), request) {
         Decision::Refused(refusal) => say(Some(known), Said::Refused(refusal)),
         Decision::Already(_) => say(Some(known), Said::Agreed),
+        Decision::Granted(_) if counts_on_the_dead(stance, &known.record, request) => {
+            let refusal = Refusal {
+                record: Some(known.record),
+                why: Why::NotInSync,
+            };
+            say(Some(known), Said::Refused(refusal))
+        }
         Decision::Granted(record) => match objection(stance, &known.record, request) {
             Some(why) => say(Some(known), Said::NotNow(why)),
             None => say(Some(Known::shared(record)), Said::Agreed),

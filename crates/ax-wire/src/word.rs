@@ -33,7 +33,7 @@ impl Known {
 }
 
 /// What one host writes the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
 pub struct Letter {
     /// Which pair.
     pub pair: PairId,
@@ -44,7 +44,7 @@ pub struct Letter {
 }
 
 /// What the other host answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
 pub struct Answer {
     /// What it knows now; none when it knows nothing.
     pub known: Option<Known>,
@@ -53,7 +53,7 @@ pub struct Answer {
 }
 
 /// What a host may say to a letter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
 pub enum Said {
     /// The change is agreed to, and recorded there.
     Agreed,
@@ -69,7 +69,7 @@ pub enum Said {
 
 /// Why a host does not agree to a change that the rules allow.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Encode, Decode, thiserror::Error,
+    Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode, thiserror::Error,
 )]
 pub enum Unwilling {
     /// It is itself waiting for an answer.
@@ -81,9 +81,6 @@ pub enum Unwilling {
     /// Its process has the guest's memory, or is becoming something else.
     #[error("its process of this VM lives and is no new shadow")]
     Lives,
-    /// The process that the change counts on is gone.
-    #[error("its process of this VM is gone")]
-    Gone,
     /// Only an operator may change that.
     #[error("only an operator may do that")]
     NotByAgreement,

@@ -8,6 +8,7 @@
     reason = "a test fails by panic"
 )]
 
+mod hosts;
 mod pair;
 
 use ax_wire::Generation;
@@ -105,6 +106,7 @@ const NOTHING: Budget = Budget {
     failovers: 0,
     stops: 0,
     failures: 0,
+    cuts: 0,
 };
 
 #[test]

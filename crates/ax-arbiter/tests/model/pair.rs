@@ -20,7 +20,7 @@ pub const ME: Arbiter = Arbiter::Operator;
 pub const SIDES: [Side; 2] = [Side::A, Side::B];
 
 /// How much may go wrong in one history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Budget {
     /// Processes killed.
     pub crashes: u8,

@@ -101,7 +101,9 @@ impl World {
                 if self.linked() && self.holds_session(side) {
                     self.disks = [true, true];
                 } else {
+                    // Durable here: all that this guest has written.
                     self.marked[at(side)] = false;
+                    self.disks[at(side)] |= self.is_current(side);
                 }
                 self.feed(side, final_done(true));
             }
