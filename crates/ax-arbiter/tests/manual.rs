@@ -292,6 +292,36 @@ fn two_words_are_a_conflict_that_changes_nothing_though_the_generations_differ()
     assert_eq!((a.known(), b.known()), before);
 }
 
+/// The model check found this: the letter was on its way when its writer died, and both hosts have
+/// heard of the word and gone on since.
+#[test]
+fn a_late_letter_that_speaks_of_a_word_rolls_nothing_back() {
+    let (mut a, b) = protected();
+    a.told(request(A, 2, Change::TakeSolo));
+    let late = Letter {
+        pair: PAIR,
+        known: a.known(),
+        request: None,
+    };
+    a.ask(&b, None);
+    a.crash();
+    let again = Member {
+        incarnation: Incarnation(7),
+        ..A
+    };
+    let (a_known, mut b) = (a.known(), b);
+    b.crash();
+    assert_eq!(a_known, b.known());
+    assert_eq!(
+        a.ask(&b, Some(request(again, 3, Change::Start))),
+        Said::Agreed
+    );
+    let before = b.known();
+    let answer = b.manual().answer(Side::B, || Stance::Empty, &late).unwrap();
+    assert_eq!(answer.0.said, Said::Met);
+    assert_eq!(b.known(), before);
+}
+
 /// The word on B was given later, knowing of A's: no conflict.
 #[test]
 fn a_second_word_that_knew_of_the_first_goes_before_it() {

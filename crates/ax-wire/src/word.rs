@@ -69,7 +69,17 @@ pub enum Said {
 
 /// Why a host does not agree to a change that the rules allow.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode, thiserror::Error,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    Encode,
+    Decode,
+    thiserror::Error,
 )]
 pub enum Unwilling {
     /// It is itself waiting for an answer.
