@@ -52,10 +52,11 @@ impl Daemon {
         if let Some(process) = self.process(name) {
             let asked = async {
                 let mut connection = Connection::open(&process.control).await?;
+                let letter = Box::new(letter);
                 connection.ask(&Request::Word { letter }, PATIENCE).await
             };
             match asked.await {
-                Ok(Reply::Word { answer }) => return Ok(answer),
+                Ok(Reply::Word { answer }) => return Ok(*answer),
                 Ok(other) => tracing::warn!("{name} answered {other:?} to a letter"),
                 // It may be gone, and axd about to hear of it.
                 Err(e) => tracing::debug!("{name} does not answer a letter: {e}"),

@@ -361,7 +361,7 @@ pub enum Reply {
     /// To [`PeerRequest::Word`].
     Word {
         /// What the answering host says.
-        answer: Answer,
+        answer: Box<Answer>,
     },
     /// To [`PeerRequest::Fence`].
     Gone {
@@ -457,7 +457,7 @@ pub enum PeerRequest {
         /// The VM's name.
         name: String,
         /// What it writes.
-        letter: Letter,
+        letter: Box<Letter>,
     },
     /// Do this as if a user of yours had asked; do not forward it.
     Forward {

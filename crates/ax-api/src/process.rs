@@ -49,6 +49,11 @@ pub enum Arbiter {
         /// Where it listens.
         addresses: Vec<SocketAddr>,
     },
+    /// An etcd cluster, asked over plain HTTP.
+    Etcd {
+        /// Its members' client addresses, in the order to be tried.
+        members: Vec<SocketAddr>,
+    },
     /// Nobody but an operator: a guest that lost its peer is held.
     Manual,
 }
@@ -57,9 +62,9 @@ impl Arbiter {
     /// What an operator should know of it before a host fails; none when nothing has to be done then.
     pub fn warning(&self) -> Option<&'static str> {
         match self {
-            Arbiter::Witness { .. } => None,
+            Arbiter::Witness { .. } | Arbiter::Etcd { .. } => None,
             Arbiter::Manual => Some(
-                "no witness is configured: when a host is lost its guests are held until an operator \
+                "no witness and no etcd is configured: when a host is lost its guests are held until an operator \
                  says `axvm resume NAME --i-know-the-peer-is-dead` on the other one",
             ),
         }
@@ -70,6 +75,10 @@ impl std::fmt::Display for Arbiter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Arbiter::Witness { name, .. } => write!(f, "witness {name}"),
+            Arbiter::Etcd { members } => {
+                f.write_str("etcd")?;
+                members.iter().try_for_each(|at| write!(f, " {at}"))
+            }
             Arbiter::Manual => {
                 f.write_str("manual: both hosts together, or an operator's word when one is lost")
             }
@@ -270,7 +279,7 @@ pub enum Request {
     /// The other host writes about the pair's record. Answered by [`Reply::Word`].
     Word {
         /// What it writes.
-        letter: Letter,
+        letter: Box<Letter>,
     },
     /// The axd of the other host confirms that the peer process is gone.
     PeerGone {
@@ -302,7 +311,7 @@ pub enum Reply {
     /// To [`Request::Word`].
     Word {
         /// What this host says.
-        answer: Answer,
+        answer: Box<Answer>,
     },
     /// Not done; nothing has changed.
     Refused {

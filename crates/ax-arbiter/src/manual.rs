@@ -138,7 +138,7 @@ impl Manual {
         told: &Known,
         request: Option<&Request>,
         answer: &Answer,
-    ) -> Result<Result<Change, Conflict>, ManualError> {
+    ) -> Result<Result<Change, Box<Conflict>>, ManualError> {
         let mut known = self.known.lock();
         let before = *known;
         let mine = before.unwrap_or(*told);

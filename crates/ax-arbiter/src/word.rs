@@ -177,7 +177,7 @@ pub fn heard(
     mine: &Known,
     request: Option<&Request>,
     answer: &Answer,
-) -> Result<Option<Known>, Conflict> {
+) -> Result<Option<Known>, Box<Conflict>> {
     let Some(theirs) = answer.known.map(normal) else {
         return Ok(None);
     };
@@ -193,10 +193,10 @@ pub fn heard(
         // It has not adopted this yet: it will when it is asked again.
         Meeting::Same | Meeting::Mine => Ok(None),
         Meeting::Theirs => Ok(Some(Known::shared(theirs.record))),
-        Meeting::Conflict => Err(Conflict {
+        Meeting::Conflict => Err(Box::new(Conflict {
             mine: mine.record,
             theirs: theirs.record,
-        }),
+        })),
     }
 }
 

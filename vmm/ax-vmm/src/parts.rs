@@ -279,7 +279,7 @@ impl Parts {
     /// The witness has no usable name.
     pub fn witness(&self, spec: &Spec) -> Result<Option<Connector>, Error> {
         match &spec.arbiter {
-            Arbiter::Manual => Ok(None),
+            Arbiter::Manual | Arbiter::Etcd { .. } => Ok(None),
             Arbiter::Witness { name, addresses } => {
                 let pairs = addresses.iter().map(|a| AddressPair::from(*a)).collect();
                 let name = host_name(name)?;

@@ -72,7 +72,7 @@ impl Mail {
         timed(&stream, until).map_err(|e| away(&e))?;
         let request = PeerRequest::Word {
             name: self.name.clone(),
-            letter: *letter,
+            letter: Box::new(*letter),
         };
         let mut line = serde_json::to_vec(&request).map_err(|e| away(&e))?;
         line.push(b'\n');
@@ -88,7 +88,7 @@ impl Mail {
                 .read_until(b'\n', &mut line)
                 .map_err(|e| away(&e))?;
             match serde_json::from_slice(&line).map_err(|e| away(&e))? {
-                Reply::Word { answer } => return Ok(answer),
+                Reply::Word { answer } => return Ok(*answer),
                 Reply::Failed { why, .. } => return Err(Unanswered::Unable(why)),
                 _ if Instant::now() >= until => return Err(away(&"it does not answer in time")),
                 _ => {}

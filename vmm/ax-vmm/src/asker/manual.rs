@@ -63,7 +63,7 @@ enum Consulted {
     Refused(Refusal),
     NotNow(String),
     Away,
-    Conflict(word::Conflict),
+    Conflict(Box<word::Conflict>),
 }
 
 /// Which VM and process a desk is for.

@@ -2,12 +2,12 @@
 //!
 //! Asking is a point of no return (rule 21): a question is repeated, the same each time, until
 //! there is an answer; it is never withdrawn. The record granted is durable here before anyone
-//! acts on it. Who answers is a [`Keeper`]'s business: a third party ([`witness`]), or the two hosts and
+//! acts on it. Who answers is a [`Keeper`]'s business: a third party ([`third`]), or the two hosts and
 //! their operator ([`manual`]).
 
 mod mail;
 pub mod manual;
-pub mod witness;
+pub mod third;
 
 use std::sync::Arc;
 use std::sync::mpsc;

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ax_api::process::Start;
+use ax_api::process::{Arbiter, Start};
 use ax_api::vm::{Mode, Secondary};
-use ax_arbiter::Client;
+use ax_arbiter::{Client, Etcd};
 use ax_link::{Acceptor, Channel};
 use ax_wire::Session;
 use ax_wire::hello::Role as HelloRole;
@@ -16,7 +16,7 @@ use statepoint::pair::Pair;
 
 use super::{Conductor, Input, Life};
 use crate::asker::manual::{self, AtDesk, Desk, Owner};
-use crate::asker::witness::{AtWitness, known_witness};
+use crate::asker::third::{AtThird, known_witness};
 use crate::asker::{Asker, Keeper, Tell};
 use crate::control::{self, Boards};
 use crate::error::Error;
@@ -93,7 +93,12 @@ impl Conductor {
         let (pair, me, state_dir) = (self.spec.vm.pair, self.me, &self.spec.state_dir);
         if let Some(witness) = self.parts.witness(&self.spec)? {
             let client = Client::new(witness, known_witness(state_dir)).map_err(Error::Thread)?;
-            let keeper = AtWitness::new(client, pair, me, current, state_dir);
+            let keeper = AtThird::new(Box::new(client), pair, me, current, state_dir);
+            return Ok(Box::new(keeper));
+        }
+        if let Arbiter::Etcd { members } = &self.spec.arbiter {
+            let client = Etcd::new(members.clone(), known_witness(state_dir));
+            let keeper = AtThird::new(Box::new(client), pair, me, current, state_dir);
             return Ok(Box::new(keeper));
         }
         let owner = Owner {

@@ -31,7 +31,7 @@ impl Conductor {
     pub(super) fn written_to(&self, letter: &Letter) -> Reply {
         match &self.desk {
             Some(desk) => Reply::Word {
-                answer: desk.answer(letter),
+                answer: Box::new(desk.answer(letter)),
             },
             None => Reply::Refused {
                 why: "a third party decides for this VM on this host".into(),

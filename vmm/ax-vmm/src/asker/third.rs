@@ -1,13 +1,13 @@
-//! A witness keeps the record; this process asks it.
+//! A third party keeps the record, a witness or an etcd cluster; this process asks it.
 //!
 //! The record granted is written down before it is acted on: it is what this host registers should the
-//! witness lose its store (rule 27).
+//! third party lose its store (rule 27).
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ax_arbiter::rules::{Registered, Registration};
-use ax_arbiter::{AskError, Client, manual};
+use ax_arbiter::{AskError, ThirdParty, manual};
 use ax_failpoint::Point;
 use ax_wire::record::{
     Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, Why, WitnessId,
@@ -25,9 +25,9 @@ pub fn known_witness(state_dir: &Path) -> Option<WitnessId> {
     }
 }
 
-/// A witness, asked for one process of a pair.
-pub struct AtWitness {
-    client: Client,
+/// A third party, asked for one process of a pair.
+pub struct AtThird {
+    client: Box<dyn ThirdParty>,
     pair: PairId,
     me: Member,
     /// What both sides register of a pair that no arbiter has ever known.
@@ -45,17 +45,17 @@ fn silent(error: &AskError, tell: &Tell) {
     std::thread::sleep(AGAIN);
 }
 
-impl AtWitness {
+impl AtThird {
     /// `current` says whose disks are current if the pair was never started; both sides must say the
     /// same.
     pub fn new(
-        client: Client,
+        client: Box<dyn ThirdParty>,
         pair: PairId,
         me: Member,
         current: Copies,
         state_dir: &Path,
-    ) -> AtWitness {
-        AtWitness {
+    ) -> AtThird {
+        AtThird {
             client,
             pair,
             me,
@@ -65,21 +65,18 @@ impl AtWitness {
     }
 
     /// Registers what this side knows (rule 27); none while the other side has not done so.
-    fn register(&self, tell: &Tell) -> Option<Heard> {
+    fn register(&mut self, tell: &Tell) -> Option<Heard> {
         let record = load(&self.file).unwrap_or(self.first);
         let registration = Registration {
             pair: self.pair,
             side: self.me.side,
             record,
         };
-        match self
-            .client
-            .register(registration, false, Instant::now() + TRY)
-        {
+        match self.client.register(&registration, Instant::now() + TRY) {
             Ok(Registered::Known(record)) => return Some(Heard::Known(record)),
             Ok(Registered::Waiting) => {
                 tell(Heard::Silent(
-                    "the witness does not know this VM yet: it waits for the other host to \
+                    "the arbiter does not know this VM yet: it waits for the other host to \
                      register it too"
                         .into(),
                 ));
@@ -93,7 +90,7 @@ impl AtWitness {
                 return Some(Heard::Refused(refusal));
             }
             Ok(Registered::Full) => {
-                tell(Heard::Silent("the witness is full".into()));
+                tell(Heard::Silent("the arbiter is full".into()));
                 std::thread::sleep(AGAIN);
             }
             Err(error) => silent(&error, tell),
@@ -102,7 +99,7 @@ impl AtWitness {
     }
 }
 
-impl Keeper for AtWitness {
+impl Keeper for AtThird {
     fn probe(&mut self) -> Heard {
         let found = self.client.look(self.pair, Instant::now() + TRY);
         ax_failpoint::reached(Point::Found);
