@@ -1,5 +1,4 @@
-//! The whole product with an etcd in the witness's place. Skipped, and said so, where there is no `etcd`
-//! program.
+//! The whole product with an etcd (Debian's etcd-server) in the witness's place.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -7,28 +6,23 @@ mod common;
 
 use common::{Clients, QUIET, alone, eventually, protected};
 use testkit::site::{Side, SiteSpec};
-use testkit::{require_kvm, require_lab};
+use testkit::{require_kvm, require_lab, require_program};
 
-fn spec() -> Option<SiteSpec> {
-    let there = std::process::Command::new("etcd").arg("--version").output();
-    if there.is_err() {
-        eprintln!("skipped: there is no etcd program (package etcd-server)");
-        return None;
-    }
-    Some(SiteSpec {
+fn spec() -> SiteSpec {
+    SiteSpec {
         witness: false,
         etcd: true,
         ..SiteSpec::default()
-    })
+    }
 }
 
 #[test]
 fn with_etcd_a_host_dies_and_nobody_outside_can_tell() {
     require_kvm!();
     require_lab!();
+    require_program!("etcd", "etcd-server");
     let _alone = alone();
-    let Some(spec) = spec() else { return };
-    let site = protected(spec, &[]);
+    let site = protected(spec(), &[]);
     let clients = Clients::start(&site);
     site.host(Side::A).kill_all().unwrap();
     clients.go_on(200);
@@ -44,9 +38,9 @@ fn with_etcd_a_host_dies_and_nobody_outside_can_tell() {
 fn without_etcd_nobody_takes_over_and_with_it_again_the_guest_goes_on() {
     require_kvm!();
     require_lab!();
+    require_program!("etcd", "etcd-server");
     let _alone = alone();
-    let Some(spec) = spec() else { return };
-    let mut site = protected(spec, &[]);
+    let mut site = protected(spec(), &[]);
     let clients = Clients::start(&site);
     site.witness().unwrap().kill().unwrap();
     site.host(Side::A).kill_all().unwrap();

@@ -1,5 +1,4 @@
 //! Against a real etcd: one of two racers wins, a killed one forgets nothing, a wiped one grants nothing.
-//! Skipped, and said so, where there is no `etcd` program.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,6 +18,7 @@ use ax_wire::record::{
     Arbiter, Change, Copies, Decision, Flush, Member, Record, Request, State, Why,
 };
 use ax_wire::{Generation, Incarnation, PairId, Side};
+use testkit::require_program;
 
 const A: Member = Member {
     side: Side::A,
@@ -38,14 +38,6 @@ struct Server {
     dir: PathBuf,
     ports: [u16; 2],
     child: Child,
-}
-
-fn is_there() -> bool {
-    let there = Command::new("etcd").arg("--version").output().is_ok();
-    if !there {
-        eprintln!("skipped: there is no etcd program (package etcd-server)");
-    }
-    there
 }
 
 fn soon() -> Instant {
@@ -160,9 +152,7 @@ fn granted(decision: Decision) -> Record {
 
 #[test]
 fn a_record_is_changed_once_and_the_same_caller_is_told_again() {
-    if !is_there() {
-        return;
-    }
+    require_program!("etcd", "etcd-server");
     let dir = tempfile::tempdir().unwrap();
     let server = Server::new(dir.path());
     let mut stranger = server.client();
@@ -179,9 +169,7 @@ fn a_record_is_changed_once_and_the_same_caller_is_told_again() {
 
 #[test]
 fn of_two_racers_exactly_one_wins() {
-    if !is_there() {
-        return;
-    }
+    require_program!("etcd", "etcd-server");
     let dir = tempfile::tempdir().unwrap();
     let server = Server::new(dir.path());
     let pair = pair(2);
@@ -215,9 +203,7 @@ fn of_two_racers_exactly_one_wins() {
 
 #[test]
 fn an_etcd_killed_while_it_is_asked_forgets_nothing_and_answers_when_it_is_back() {
-    if !is_there() {
-        return;
-    }
+    require_program!("etcd", "etcd-server");
     let dir = tempfile::tempdir().unwrap();
     let mut server = Server::new(dir.path());
     let pair = pair(3);
@@ -254,9 +240,7 @@ fn an_etcd_killed_while_it_is_asked_forgets_nothing_and_answers_when_it_is_back(
 /// One side runs alone; the cluster's data are lost; the other side, which knows less, gets nothing.
 #[test]
 fn a_wiped_etcd_grants_nothing_until_both_sides_register_with_equal_generation() {
-    if !is_there() {
-        return;
-    }
+    require_program!("etcd", "etcd-server");
     let dir = tempfile::tempdir().unwrap();
     let mut server = Server::new(dir.path());
     let pair = pair(4);
