@@ -88,7 +88,8 @@ pub enum Stance {
     Process {
         /// It.
         me: Member,
-        /// It was started to follow a primary and has seen none yet.
+        /// It was started to follow a primary and has seen none yet; or it waits to be allowed to boot
+        /// the guest itself, and gives way to the other side's process that does ([`yields`]).
         fresh: bool,
         /// It has asked the other host for a change and waits for the answer.
         asking: bool,
@@ -243,4 +244,10 @@ pub struct Conflict {
 pub fn supersedes(before: Option<&Known>, now: &Known, me: Member) -> bool {
     let held = before.is_some_and(|known| known.record.holder() == Some(me));
     held && now.record.holder() != Some(me)
+}
+
+/// Of two sides whose processes both ask to boot the guest this one lets the other go first, so that one of
+/// them does.
+pub fn yields(side: Side) -> bool {
+    side == Side::B
 }

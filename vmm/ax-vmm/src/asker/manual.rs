@@ -34,6 +34,8 @@ struct Standing {
     fresh: bool,
     /// A question to the arbiter stands.
     questioned: bool,
+    /// It is whether the guest may be booted here.
+    starting: bool,
     /// A letter with a request is on its way.
     asking: bool,
     /// The other host is out of reach and only an operator can answer.
@@ -168,7 +170,7 @@ impl Desk {
             let standing = self.standing.lock();
             Stance::Process {
                 me: self.me,
-                fresh: standing.fresh,
+                fresh: standing.fresh || (standing.starting && word::yields(self.me.side)),
                 asking: standing.asking,
             }
         };
@@ -440,11 +442,14 @@ impl Keeper for AtDesk {
 
     fn ask(&mut self, from: Generation, change: Change, tell: &Tell) -> Heard {
         ax_failpoint::reached(Point::Asking);
-        self.0.standing.lock().questioned = true;
+        {
+            let mut standing = self.0.standing.lock();
+            (standing.questioned, standing.starting) = (true, change == Change::Start);
+        }
         let heard = self.answer_to(&self.request(from, change), tell);
         {
             let mut standing = self.0.standing.lock();
-            (standing.questioned, standing.held) = (false, false);
+            (standing.questioned, standing.starting, standing.held) = (false, false, false);
         }
         if matches!(heard, Heard::Granted(_)) {
             ax_failpoint::reached(Point::Granted);

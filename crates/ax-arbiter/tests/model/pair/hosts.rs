@@ -87,7 +87,11 @@ impl World {
             None => Stance::Empty,
             Some(process) => Stance::Process {
                 me: process.pair.me,
-                fresh: process.pair.phase == Phase::Copying,
+                fresh: match process.pair.phase {
+                    Phase::Copying => true,
+                    Phase::Starting { .. } => word::yields(side),
+                    _ => false,
+                },
                 asking: self
                     .hosts
                     .as_ref()
@@ -369,7 +373,7 @@ impl World {
             return true;
         }
         let stopped = |side: &Side| matches!(world.record_on(*side).state, State::Stopped { .. });
-        SIDES.iter().all(stopped)
+        SIDES.iter().all(stopped) && world.processes == [None, None]
     }
 
     fn is_protected(&self, side: Side) -> bool {
