@@ -184,6 +184,7 @@ struct Raw {
     peer: Option<RawHost>,
     link: Option<RawLink>,
     witness: Option<RawHost>,
+    etcd: Option<Spanned<Vec<String>>>,
     security: Option<RawSecurity>,
     heartbeat_ms: Option<Spanned<u64>>,
     detect_ms: Option<Spanned<u64>>,
@@ -310,6 +311,16 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
             "the witness must be a third machine, with a name of its own".to_owned(),
         ));
     }
+    let etcd = match &raw.etcd {
+        None => None,
+        Some(etcd) if witness.is_some() => {
+            return Err(at(
+                etcd.span(),
+                "either [witness] or etcd decides, not both: remove one".to_owned(),
+            ));
+        }
+        Some(etcd) => Some(members(etcd.get_ref()).map_err(|why| at(etcd.span(), why))?),
+    };
     let link = match (&raw.link, &peer) {
         (None, None) => vec![],
         (None, Some(_)) => {
@@ -389,18 +400,42 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
         listen,
         peer,
         link,
-        arbiter: match witness {
-            Some(w) => Arbiter::Witness {
+        arbiter: match (witness, etcd) {
+            (Some(w), _) => Arbiter::Witness {
                 name: w.name,
                 addresses: w.addresses,
             },
-            None => Arbiter::Manual,
+            (None, Some(members)) => Arbiter::Etcd { members },
+            (None, None) => Arbiter::Manual,
         },
         mtls: raw.security != Some(RawSecurity::Plain),
         timing,
         reprotect: raw.reprotect.unwrap_or(true),
         ax_vmm: raw.ax_vmm,
     })
+}
+
+/// The members of an etcd cluster. A name that must be looked up could hold up a failover.
+fn members(urls: &[String]) -> Result<Vec<SocketAddr>, String> {
+    let wrong = |url: &str| {
+        format!(
+            "etcd: {url:?} must be like \"http://10.0.0.5:2379\": an IP address and a port, plain HTTP \
+             (keep it on a network of its own, or put a TLS proxy on this host before it)"
+        )
+    };
+    let member = |url: &String| {
+        let address = url
+            .strip_prefix("http://")
+            .map(|rest| rest.trim_end_matches('/'));
+        address
+            .and_then(|address| address.parse::<SocketAddr>().ok())
+            .filter(|address| address.port() != 0)
+            .ok_or_else(|| wrong(url))
+    };
+    match urls {
+        [] => Err("etcd = [] names no member: leave the key out, or name one".to_owned()),
+        urls => urls.iter().map(member).collect(),
+    }
 }
 
 /// Whether a text can name a host or a VM.

@@ -38,6 +38,27 @@ fn defaults_are_the_documented_ones() {
     assert!(alone.peer.is_none() && alone.link.is_empty());
 }
 
+#[test]
+fn an_etcd_takes_the_witnesss_place_by_addresses_alone_and_not_beside_one() {
+    let without = GOOD.replace("witness = {", "# witness = {");
+    let with = |etcd: &str| read(&format!("{without}etcd = {etcd}\n"));
+    let good = with(r#"["http://10.0.0.5:2379", "http://[2001:db8::5]:2379/"]"#).unwrap();
+    let members = ["10.0.0.5:2379", "[2001:db8::5]:2379"].map(|a| a.parse().unwrap());
+    let members = members.to_vec();
+    assert_eq!(good.arbiter, Arbiter::Etcd { members });
+    for bad in [
+        r#"["https://10.0.0.5:2379"]"#,
+        r#"["http://etcd.example:2379"]"#,
+        r#"["http://10.0.0.5:0"]"#,
+        "[]",
+    ] {
+        let why = with(bad).unwrap_err();
+        assert!(why.contains(":7:") && why.contains("etcd"), "{why}");
+    }
+    let both = read(&format!("{GOOD}etcd = [\"http://10.0.0.5:2379\"]\n")).unwrap_err();
+    assert!(both.contains("not both"), "{both}");
+}
+
 /// Every bad configuration is refused with the place and the thing named.
 #[test]
 fn bad_configurations_name_place_and_cure() {

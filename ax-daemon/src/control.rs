@@ -124,7 +124,7 @@ pub async fn status(socket: &Path) -> std::io::Result<Status> {
 pub async fn order(socket: &Path, request: &Request, patience: Duration) -> Result<(), Failure> {
     let answer = async { Connection::open(socket).await?.ask(request, patience).await };
     match answer.await {
-        Ok(Reply::Done | Reply::Status(_) | Reply::Console { .. }) => Ok(()),
+        Ok(Reply::Done | Reply::Status(_) | Reply::Console { .. } | Reply::Word { .. }) => Ok(()),
         Ok(Reply::Refused { why }) => Err(Failure::new(Code::State, why)),
         Err(e) => Err(Failure::io("the VM's process does not answer", &e)),
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ax_api::host::{Code, PeerReport, ProcessReport, Reply, Request, State, VmReport};
 use ax_api::process::{Role, Spec, Start};
-use ax_api::vm::Vm;
+use ax_api::vm::{Mode, Vm};
 use ax_wire::{Incarnation, PairId};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
@@ -253,6 +253,11 @@ impl Daemon {
             link: self.config.link.clone(),
             security: self.config.security(),
             arbiter: self.config.arbiter.clone(),
+            peer_axd: self
+                .config
+                .peer
+                .as_ref()
+                .map_or_else(Vec::new, |p| p.addresses.clone()),
             timing: self.config.timing,
         }
     }
@@ -361,6 +366,9 @@ impl Daemon {
         let pair = vm.pair.to_string();
         let its = reports.iter().filter(|r| r.pair == pair).cloned().collect();
         let mut report = VmReport::sum_up(vm, its, silent);
+        if report.vm.mode != Mode::None {
+            report.arbiter = self.config.arbiter.to_string();
+        }
         if report.state == State::Stopped && self.is_missed(&report.vm.name) {
             report.healthy = false;
             report.note = "ended without being stopped; `axvm events` tells how".to_owned();

@@ -19,7 +19,7 @@
 //!   nothing, on this host and the other. [`again`]: a shadow for a guest that lost its own.
 //!   [`mode`]: another protection for one that runs. [`ha`]: restarted
 //!   here, and room for those of the other host. [`ops`]: the rest.
-//!   [`console`], [`events`], [`autostart`].
+//!   [`console`], [`events`], [`autostart`]. [`word`]: what this host says of a pair's record.
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
 
@@ -49,3 +49,4 @@ pub mod store;
 pub mod supervise;
 pub mod sync;
 pub mod witness;
+pub mod word;

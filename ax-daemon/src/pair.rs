@@ -104,7 +104,7 @@ fn report(config: &Config, paired: &Paired) {
         config.peer.as_ref().map(|p| p.name.as_str()),
         match &config.arbiter {
             ax_api::process::Arbiter::Witness { name, .. } => Some(name.as_str()),
-            ax_api::process::Arbiter::Manual => None,
+            ax_api::process::Arbiter::Manual | ax_api::process::Arbiter::Etcd { .. } => None,
         },
     ];
     let is_host = expected.iter().any(Option::is_some);

@@ -138,6 +138,12 @@ pub fn run(config: Config) -> Result<(), Failure> {
         daemon
             .events
             .note(None, format!("axd {} is up", env!("CARGO_PKG_VERSION")));
+        if daemon.peer.is_some()
+            && let Some(warning) = daemon.config.arbiter.warning()
+        {
+            tracing::warn!("{warning}");
+            daemon.events.note(None, warning);
+        }
         // For whoever waits for it on standard output.
         println!(
             "axd: {} is ready on {}",

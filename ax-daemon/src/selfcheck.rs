@@ -163,6 +163,16 @@ fn link(config: &Config, report: &mut Report) {
                 Err(e) => Check::bad(&label, Code::Arbiter, e.to_string()),
             });
         }
+        Arbiter::Etcd { members } => {
+            let mut etcd = ax_arbiter::Etcd::new(members.clone(), None);
+            // Whether it knows that pair is no matter.
+            let nobody = ax_wire::PairId([0; 16]);
+            let until = Instant::now() + Duration::from_secs(2);
+            report.say(match etcd.look(nobody, until) {
+                Ok(_) => Check::ok("etcd", "answers"),
+                Err(e) => Check::bad("etcd", Code::Arbiter, e.to_string()),
+            });
+        }
         Arbiter::Manual => report.say(Check::ok(
             "witness",
             "none configured: after a failure a guest is held until an operator decides",

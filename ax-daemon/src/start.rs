@@ -222,6 +222,9 @@ impl Daemon {
             return Ok(format!("{} runs on {here}, unprotected", vm.name));
         }
 
+        if let Some(warning) = self.config.arbiter.warning() {
+            tell.progress(format!("warning: {warning}"));
+        }
         let peer = self.peer()?.clone();
         let there = peer.name().to_owned();
         tell.progress(format!(
@@ -254,7 +257,11 @@ impl Daemon {
         let (primary, shadow) = match (primary, shadow, without) {
             (Ok(primary), Ok(shadow), _) => (primary, shadow),
             (Ok(primary), Err(failure), WithoutShadow::RunsAlone) => {
-                self.until_running(&primary).await.map_err(|f| f.at(here))?;
+                let runs = self.until_running(&primary).await;
+                if let Some(held) = self.held_for_an_operator(&primary).await {
+                    return Ok(held);
+                }
+                runs.map_err(|f| f.at(here))?;
                 return Ok(format!("{} runs on {here}, alone: {failure}", vm.name));
             }
             // The side that runs the guest is the one to hear of first.

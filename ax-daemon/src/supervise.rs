@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::host::{HostWhat, PeerRequest, Reply};
-use ax_api::process::{Event, Phase, Request, Role, What};
+use ax_api::process::{Arbiter, Event, Phase, Request, Role, What};
 use ax_wire::Generation;
 
 use crate::control::{self, Connection};
@@ -116,6 +116,11 @@ impl Daemon {
     /// and tells the process that now runs alone.
     async fn fence(self: Arc<Self>, process: Arc<Process>, generation: Generation) {
         let Some(peer) = &self.peer else { return };
+        // Where the hosts agree, the other side's process was part of it; where an operator spoke, the
+        // hosts compare what they know first, as both may have been told to go on.
+        if self.config.arbiter == Arbiter::Manual {
+            return;
+        }
         for _ in 0..FENCE_TRIES {
             if process.exited().is_some() {
                 return;

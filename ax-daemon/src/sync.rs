@@ -149,6 +149,12 @@ impl Daemon {
             PeerRequest::Fence { pair, generation } => Reply::Gone {
                 incarnations: self.end_older(&pair, generation).await,
             },
+            PeerRequest::Word { name, letter } => match self.word(&name, *letter).await {
+                Ok(answer) => Reply::Word {
+                    answer: Box::new(answer),
+                },
+                Err(failure) => failure.into_reply(),
+            },
             PeerRequest::Forward { request } => self.answer(request, Asker::Peer, tell).await,
         }
     }

@@ -324,6 +324,7 @@ fn main() {
                 incarnation,
                 role,
                 phase: Phase::Starting,
+                warning: None,
                 mode: spec.vm.mode,
                 generation: Generation(0),
                 listen: vec![],

@@ -10,6 +10,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ax_wire::word::{Answer, Letter};
 use ax_wire::{Generation, Incarnation};
 use serde::{Deserialize, Serialize};
 
@@ -366,6 +367,11 @@ pub enum Reply {
         /// Where it listens.
         listen: Vec<SocketAddr>,
     },
+    /// To [`PeerRequest::Word`].
+    Word {
+        /// What the answering host says.
+        answer: Box<Answer>,
+    },
     /// To [`PeerRequest::Fence`].
     Gone {
         /// The runs that are certainly over.
@@ -454,6 +460,13 @@ pub enum PeerRequest {
         pair: String,
         /// The generation the asking side was granted.
         generation: Generation,
+    },
+    /// A process of the asking host writes about a pair's record. Answered by [`Reply::Word`].
+    Word {
+        /// The VM's name.
+        name: String,
+        /// What it writes.
+        letter: Box<Letter>,
     },
     /// Do this as if a user of yours had asked; do not forward it.
     Forward {

@@ -36,6 +36,7 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
             incarnation: Incarnation(9),
             role,
             phase,
+            warning: None,
             mode: Mode::Ft,
             generation: Generation(generation),
             listen: vec![],

@@ -9,6 +9,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use ax_wire::word::{Answer, Letter};
 use ax_wire::{Generation, Incarnation};
 use serde::{Deserialize, Serialize};
 
@@ -48,8 +49,41 @@ pub enum Arbiter {
         /// Where it listens.
         addresses: Vec<SocketAddr>,
     },
+    /// An etcd cluster, asked over plain HTTP.
+    Etcd {
+        /// Its members' client addresses, in the order to be tried.
+        members: Vec<SocketAddr>,
+    },
     /// Nobody but an operator: a guest that lost its peer is held.
     Manual,
+}
+
+impl Arbiter {
+    /// What an operator should know of it before a host fails; none when nothing has to be done then.
+    pub fn warning(&self) -> Option<&'static str> {
+        match self {
+            Arbiter::Witness { .. } | Arbiter::Etcd { .. } => None,
+            Arbiter::Manual => Some(
+                "no witness and no etcd is configured: when a host is lost its guests are held until an operator \
+                 says `axvm resume NAME --i-know-the-peer-is-dead` on the other one",
+            ),
+        }
+    }
+}
+
+impl std::fmt::Display for Arbiter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Arbiter::Witness { name, .. } => write!(f, "witness {name}"),
+            Arbiter::Etcd { members } => {
+                f.write_str("etcd")?;
+                members.iter().try_for_each(|at| write!(f, " {at}"))
+            }
+            Arbiter::Manual => {
+                f.write_str("manual: both hosts together, or an operator's word when one is lost")
+            }
+        }
+    }
 }
 
 /// Times that decide.
@@ -106,6 +140,9 @@ pub struct Spec {
     pub security: Security,
     /// Who decides who may run.
     pub arbiter: Arbiter,
+    /// Where the other host's axd listens.
+    #[serde(default)]
+    pub peer_axd: Vec<SocketAddr>,
     /// Times that decide.
     pub timing: Timing,
 }
@@ -167,6 +204,9 @@ pub struct Status {
     pub role: Role,
     /// Where it is.
     pub phase: Phase,
+    /// What an operator must hear of, whatever the phase.
+    #[serde(default)]
+    pub warning: Option<String>,
     /// Protection it aims at.
     pub mode: Mode,
     /// Generation it runs under.
@@ -254,6 +294,11 @@ pub enum Request {
     Quit,
     /// The operator's word (manual arbitration): the peer is dead, go on.
     PeerIsDead,
+    /// The other host writes about the pair's record. Answered by [`Reply::Word`].
+    Word {
+        /// What it writes.
+        letter: Box<Letter>,
+    },
     /// The axd of the other host confirms that the peer process is gone.
     PeerGone {
         /// Which run of it.
@@ -280,6 +325,11 @@ pub enum Reply {
     Console {
         /// Offset in the guest's whole console stream.
         offset: u64,
+    },
+    /// To [`Request::Word`].
+    Word {
+        /// What this host says.
+        answer: Box<Answer>,
     },
     /// Not done; nothing has changed.
     Refused {

@@ -83,6 +83,9 @@ pub struct VmReport {
     pub shadow: Option<String>,
     /// Its processes.
     pub processes: Vec<ProcessReport>,
+    /// Who decides who may run it, in words; empty for one that needs no such decision.
+    #[serde(default)]
+    pub arbiter: String,
 }
 
 impl VmReport {
@@ -151,7 +154,15 @@ impl VmReport {
             | State::Held
             | State::Unknown => false,
         };
+        let warning = processes
+            .iter()
+            .find_map(|p| p.status.as_ref()?.warning.clone());
+        let (healthy, note) = match warning {
+            Some(warning) => (false, format!("ALARM: {warning}")),
+            None => (healthy, note),
+        };
         VmReport {
+            arbiter: String::new(),
             state,
             healthy,
             note,

@@ -1,126 +1,206 @@
-//! No witness: this host's own record of each pair, changed only by somebody's word.
+//! One host's durable knowledge of one pair that no third party decides for.
 //!
 //! Two hosts alone cannot tell a dead peer from a cut cable, so neither ever decides by itself: a
-//! change needs the connected peer's agreement, or an operator. A host that lost its peer is held
-//! until then. When the hosts meet again the one that knows less [adopts](Manual::adopt) the
-//! other's record.
+//! change needs the connected peer's agreement, or an operator ([`word`]). A host that lost its peer is
+//! held until then.
+//!
+//! The file is the one in which a process keeps its witness's last record, so that a pair which gets a
+//! witness later registers with what both hosts agreed on (rule 27). Who answers for the host holds a
+//! lock beside it: the pair's process as long as it lives, else the daemon for the moment of an answer.
+//! So an answer given without a process is given while none lives.
 
-use std::path::Path;
+use std::fs::{File, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
-use ax_wire::PairId;
-use ax_wire::record::{Arbiter, Decision, Record, Request};
+use ax_wire::Side;
+use ax_wire::record::{Refusal, Request};
+use ax_wire::word::{Answer, Known, Letter};
+use parking_lot::Mutex;
 
-use crate::rules::{self, Word};
-use crate::store::{Entry, Store, StoreError};
+use crate::rules::Word;
+use crate::word::{self, Conflict, Stance};
 
-/// Two hosts changed the same generation differently: two operators gave their word.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "both hosts were told to change generation {}: this one has {}, the other {}; stop the one whose \
-     work may be lost, then start the other by an operator's word", .mine.generation.0, .mine, .theirs
-)]
-pub struct Conflict {
-    /// What this host knows.
-    pub mine: Record,
-    /// What the other host knows.
-    pub theirs: Record,
+/// The file with what this host knows of the pair, in the folder of its VM's state.
+pub const FILE: &str = "record.json";
+const LOCK: &str = "record.lock";
+
+/// Why a host's knowledge of a pair can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManualError {
+    /// A file could not be read or written.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The process of the pair has it.
+    #[error("{} is in use by the VM's process", .0.display())]
+    InUse(PathBuf),
+    /// The file is not what was written.
+    #[error(
+        "{path}: {why}; if the other host knows the pair, remove this file: it is learned from there",
+        path = path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
 }
 
-/// This host's records, decided on by word.
+/// What this host knows of one pair, and nobody else decides on meanwhile.
 #[derive(Debug)]
 pub struct Manual {
-    store: Store,
+    file: PathBuf,
+    known: Mutex<Option<Known>>,
+    _lock: File,
+}
+
+/// What came of an answer or a letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// What was known before.
+    pub before: Option<Known>,
+    /// What is known now, durable.
+    pub now: Option<Known>,
 }
 
 impl Manual {
-    /// Opens the records in `data_dir`, or makes them.
+    /// Opens what is known in the folder `dir`, which must exist. Nothing is known of a pair that was
+    /// never started.
     ///
     /// # Errors
-    /// The store cannot be used.
-    pub fn open(data_dir: &Path) -> Result<Manual, StoreError> {
+    /// Someone else has it, or it can't be read.
+    pub fn open(dir: &Path) -> Result<Manual, ManualError> {
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| ManualError::Io { path, source }
+        };
+        let lock_path = dir.join(LOCK);
+        let lock = File::create(&lock_path).map_err(io(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(ManualError::InUse(lock_path)),
+            Err(TryLockError::Error(source)) => return Err(io(&lock_path)(source)),
+        }
+        let file = dir.join(FILE);
+        let known = match std::fs::read(&file) {
+            Ok(bytes) => {
+                let known = serde_json::from_slice::<Known>(&bytes);
+                Some(known.map_err(|e| ManualError::Damaged {
+                    path: file.clone(),
+                    why: e.to_string(),
+                })?)
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(e) => return Err(io(&file)(e)),
+        };
         Ok(Manual {
-            store: Store::open(data_dir)?,
+            file,
+            known: Mutex::new(known.map(word::normal)),
+            _lock: lock,
         })
     }
 
-    /// Defines a pair: both hosts were told of it by the same command.
-    ///
-    /// # Errors
-    /// The store's.
-    pub fn define(&self, pair: PairId, record: Record) -> Result<Record, StoreError> {
-        self.store.batch(|batch| match batch.get(pair)? {
-            Some(known) => Ok(known.record),
-            None => {
-                let record = Record {
-                    arbiter: Arbiter::Operator,
-                    ..record
-                };
-                batch.put(pair, &Entry::new(record))?;
-                Ok(record)
-            }
-        })
+    /// What this host knows.
+    pub fn known(&self) -> Option<Known> {
+        *self.known.lock()
     }
 
-    /// Decides by that word; durable when this returns. With [`Word::Peer`] the side that will not
-    /// hold records the change first, so that a crash in between leaves nobody free to act.
+    /// Answers the other host's letter; what it changes here is durable when this returns. `stance` is
+    /// asked for while nothing else can change what is known.
     ///
     /// # Errors
-    /// The store's.
-    pub fn ask(&self, word: Word, request: &Request) -> Result<Decision, StoreError> {
-        self.store.batch(|batch| {
-            let entry = batch.get(request.pair)?;
-            let decision =
-                rules::decide_by_word(word, entry.as_ref().map(|entry| &entry.record), request);
-            if let (Decision::Granted(record), Some(mut entry)) = (decision, entry) {
-                entry.record = record;
-                batch.put(request.pair, &entry)?;
-            }
-            Ok(decision)
-        })
-    }
-
-    /// What this host knows of a pair.
-    ///
-    /// # Errors
-    /// The store's.
-    pub fn look(&self, pair: PairId) -> Result<Option<Record>, StoreError> {
-        self.store
-            .batch(|batch| Ok(batch.get(pair)?.map(|entry| entry.record)))
-    }
-
-    /// Takes over what the connected peer knows, if it is later. A holder that learns of a later
-    /// record which does not name it must stop.
-    ///
-    /// # Errors
-    /// The store's; inside, a [`Conflict`] when both hosts changed the same generation.
-    pub fn adopt(
+    /// The change could not be written; the answer must not leave.
+    pub fn answer(
         &self,
-        pair: PairId,
-        theirs: Record,
-    ) -> Result<Result<Record, Conflict>, StoreError> {
-        self.store.batch(|batch| {
-            let known = batch.get(pair)?;
-            match known {
-                Some(Entry { record: mine, .. }) if mine.generation > theirs.generation => {
-                    Ok(Ok(mine))
-                }
-                Some(Entry { record: mine, .. }) if mine.generation == theirs.generation => {
-                    let agree = mine.agrees_with(&theirs);
-                    Ok(if agree {
-                        Ok(mine)
-                    } else {
-                        Err(Conflict { mine, theirs })
-                    })
-                }
-                _ => {
-                    let theirs = Record {
-                        arbiter: Arbiter::Operator,
-                        ..theirs
-                    };
-                    batch.put(pair, &Entry::new(theirs))?;
-                    Ok(Ok(theirs))
-                }
+        side: Side,
+        stance: impl FnOnce() -> Stance,
+        letter: &Letter,
+    ) -> Result<(Answer, Change), ManualError> {
+        let mut known = self.known.lock();
+        let before = *known;
+        let (answer, now) = word::answer(side, stance(), before.as_ref(), letter);
+        self.keep(&mut known, now)?;
+        Ok((answer, Change { before, now }))
+    }
+
+    /// Takes in what the other host answered to a letter that said `told`; durable when this returns.
+    ///
+    /// # Errors
+    /// It could not be written: whatever was agreed to must not be acted on. Inside, a [`Conflict`].
+    pub fn heard(
+        &self,
+        told: &Known,
+        request: Option<&Request>,
+        answer: &Answer,
+    ) -> Result<Result<Change, Box<Conflict>>, ManualError> {
+        let mut known = self.known.lock();
+        let before = *known;
+        let mine = before.unwrap_or(*told);
+        match word::heard(&mine, request, answer) {
+            Ok(now) => {
+                self.keep(&mut known, now.or(before))?;
+                Ok(Ok(Change {
+                    before,
+                    now: *known,
+                }))
             }
-        })
+            Err(conflict) => Ok(Err(conflict)),
+        }
+    }
+
+    /// Changes the record without the other host; durable when this returns. `told` is what holds of a
+    /// pair never started.
+    ///
+    /// # Errors
+    /// It could not be written. Inside, the rules' refusal.
+    pub fn alone(
+        &self,
+        told: &Known,
+        word: Word,
+        request: &Request,
+    ) -> Result<Result<Known, Refusal>, ManualError> {
+        let mut known = self.known.lock();
+        match word::alone(&known.unwrap_or(*told), word, request) {
+            Ok(now) => {
+                self.keep(&mut known, Some(now))?;
+                Ok(Ok(now))
+            }
+            Err(refusal) => Ok(Err(refusal)),
+        }
+    }
+
+    /// Writes durably what has changed, so that a crash leaves the old or the new.
+    fn keep(&self, known: &mut Option<Known>, now: Option<Known>) -> Result<(), ManualError> {
+        let Some(now) = now.filter(|now| Some(*now) != *known) else {
+            return Ok(());
+        };
+        write(&self.file, &now).map_err(|source| ManualError::Io {
+            path: self.file.clone(),
+            source,
+        })?;
+        *known = Some(now);
+        Ok(())
+    }
+}
+
+/// Writes durably what is known of a pair, so that a crash leaves the old or the new.
+///
+/// # Errors
+/// The file's.
+pub fn write(file: &Path, what: &impl serde::Serialize) -> std::io::Result<()> {
+    let new = file.with_extension("new");
+    let mut out = File::create(&new)?;
+    out.write_all(&serde_json::to_vec(what)?)?;
+    out.sync_all()?;
+    std::fs::rename(&new, file)?;
+    match file.parent() {
+        Some(dir) => File::open(dir)?.sync_all(),
+        None => Ok(()),
     }
 }

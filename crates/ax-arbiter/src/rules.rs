@@ -236,10 +236,14 @@ pub enum Word {
     Operator,
 }
 
-/// Decides where no witness is configured: never alone.
+/// Decides where no witness is configured: never alone, but that who runs alone may stop: it takes
+/// nothing, and nobody else may start before the hosts have met or an operator speaks.
 pub fn decide_by_word(word: Word, record: Option<&Record>, request: &Request) -> Decision {
     let decision = decide(Arbiter::Operator, record, request);
+    let alone = record
+        .is_some_and(|r| matches!(r.state, State::Alone { holder } if holder == request.caller));
     let enough = match (word, request.change) {
+        (Word::Nobody, Change::Stop { .. }) => alone,
         (Word::Nobody, _) | (Word::Peer, Change::StartByOperator) => false,
         (Word::Peer | Word::Operator, _) => true,
     };

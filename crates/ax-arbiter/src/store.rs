@@ -292,7 +292,7 @@ fn identity(path: &Path) -> Result<[u8; 16], StoreError> {
 }
 
 /// 16 bytes of the kernel's randomness, for the file at `path`.
-fn random(path: &Path) -> Result<[u8; 16], StoreError> {
+pub(crate) fn random(path: &Path) -> Result<[u8; 16], StoreError> {
     let mut bytes = [0; 16];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut bytes))

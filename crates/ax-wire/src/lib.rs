@@ -3,7 +3,7 @@
 //! The modules tell the story in the order a pair lives it:
 //!
 //! - [`ids`]: who speaks (pair, side, generation, incarnation, epoch);
-//! - [`record`]: who may run, as the arbiter knows it;
+//! - [`record`]: who may run, as the arbiter knows it; [`word`]: what the hosts agree on without one;
 //! - [`records`]: what travels with an epoch besides memory;
 //! - [`state`]: a machine's saved state as tagged, versioned blocks;
 //! - [`frame`], [`channel`], [`hello`]: how a connection opens: what it is for, and whether the
@@ -27,6 +27,7 @@ pub mod record;
 pub mod records;
 pub mod state;
 pub mod stream;
+pub mod word;
 
 pub use aligned::PageAligned;
 pub use ids::{EpochId, Generation, Incarnation, PairId, Session, Side};

@@ -234,6 +234,9 @@ fn details(report: &VmReport) -> String {
     for nic in &vm.nics {
         lines.push(("nic", format!("tap {}, {}", nic.tap, Mac(nic.mac))));
     }
+    if !report.arbiter.is_empty() {
+        lines.push(("arbiter", report.arbiter.clone()));
+    }
     for process in &report.processes {
         let what = match &process.status {
             None => "does not answer".to_owned(),

@@ -84,6 +84,7 @@ fn done(text: &str) -> Vec<Reply> {
 
 fn report(name: &str, state: State, healthy: bool) -> VmReport {
     VmReport {
+        arbiter: String::new(),
         vm: Vm {
             name: name.into(),
             pair: ax_wire::PairId([1; 16]),

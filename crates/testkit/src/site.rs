@@ -20,6 +20,8 @@ pub const AXD_PORT: u16 = 7430;
 pub const WITNESS_PORT: u16 = 7431;
 /// Where a side waits for the other for the time of pairing.
 const PAIRING_PORT: u16 = 7432;
+/// Where etcd listens.
+pub const ETCD_PORT: u16 = 2379;
 /// How long a daemon may take to say that it is ready.
 const READY: Duration = Duration::from_secs(20);
 
@@ -32,6 +34,8 @@ pub struct SiteSpec {
     pub mtls: bool,
     /// A witness, or an operator as arbiter.
     pub witness: bool,
+    /// An etcd on the witness's host in the witness's place.
+    pub etcd: bool,
     /// More lines for the top of both hosts' axd.toml.
     pub extra: String,
 }
@@ -42,6 +46,7 @@ impl Default for SiteSpec {
             lab: LabSpec::default(),
             mtls: true,
             witness: true,
+            etcd: false,
             extra: String::new(),
         }
     }
@@ -251,30 +256,74 @@ impl Site {
     /// # Errors
     /// When it does not listen in time; with its log.
     pub fn start_witness(&mut self) -> Result<()> {
+        if self.spec.etcd {
+            return self.start_etcd();
+        }
         if !self.spec.witness {
             return Ok(());
         }
         drop(self.witness.take());
         let config = self.witness_config();
         let args = ["witness".as_ref(), "--config".as_ref(), config.as_os_str()];
-        let mut daemon = Daemon::on(&self.lab.witness, &self.product.axd, args, self.dir.path())?;
-        let target = (addr::WITNESS, WITNESS_PORT).into();
+        let daemon = Daemon::on(&self.lab.witness, &self.product.axd, args, self.dir.path())?;
+        self.witness = Some(daemon);
+        self.wait_for_witness("axd witness", WITNESS_PORT)
+    }
+
+    /// Waits until what was started in the witness's place listens.
+    fn wait_for_witness(&mut self, program: &str, port: u16) -> Result<()> {
+        let target = (addr::WITNESS, port).into();
         let deadline = Instant::now() + READY;
         let answers =
             || std::net::TcpStream::connect_timeout(&target, Duration::from_millis(200)).is_ok();
         while !self.lab.client.run(answers)? {
-            if daemon.exit_status()?.is_some() || Instant::now() > deadline {
+            let ended = match &mut self.witness {
+                Some(daemon) => daemon.exit_status()?.is_some(),
+                None => true,
+            };
+            if ended || Instant::now() > deadline {
                 return Err(Error::NotReady {
-                    program: "axd witness".into(),
-                    wanted: format!("an open port {WITNESS_PORT}"),
+                    program: program.into(),
+                    wanted: format!("an open port {port}"),
                     seconds: READY.as_secs(),
-                    log: daemon.log(),
+                    log: self.witness.as_ref().map_or(String::new(), Daemon::log),
                 });
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        self.witness = Some(daemon);
         Ok(())
+    }
+
+    /// Starts etcd on the witness's host, anew if one ran before, with the data it had.
+    fn start_etcd(&mut self) -> Result<()> {
+        drop(self.witness.take());
+        let data = self.dir.path().join("etcd");
+        let (client, peer) = (
+            format!("http://{}:{ETCD_PORT}", addr::WITNESS),
+            format!("http://{}:2380", addr::WITNESS),
+        );
+        let mut command = self.lab.witness.command(Path::new("etcd"));
+        command
+            .args(["--name", "t", "--logger", "zap", "--log-level", "warn"])
+            .arg("--data-dir")
+            .arg(&data)
+            .args([
+                "--listen-client-urls",
+                &client,
+                "--advertise-client-urls",
+                &client,
+            ])
+            .args([
+                "--listen-peer-urls",
+                &peer,
+                "--initial-advertise-peer-urls",
+                &peer,
+            ])
+            .args(["--initial-cluster", &format!("t={peer}")]);
+        let log = self.dir.path().join("etcd.log");
+        let daemon = Daemon::start("etcd", command, log)?;
+        self.witness = Some(daemon);
+        self.wait_for_witness("etcd", ETCD_PORT)
     }
 
     /// `axvm` on a side's host, talking to that side's axd; arguments are to be added.
@@ -363,13 +412,14 @@ impl Site {
         let own: Vec<String> = links.map(|n| own_link(n).to_string()).collect();
         let mut text = format!(
             "name = {:?}\ndata_dir = {:?}\nsocket = {:?}\nlisten = \"0.0.0.0:{AXD_PORT}\"\n\
-             security = {:?}\n{}\n\
+             security = {:?}\n{}{}\n\
              [peer]\nname = {:?}\naddresses = {peer:?}\n\n[link]\naddresses = {own:?}\n",
             side.name(),
             self.data_dir(side),
             self.socket(side),
             self.security(),
             self.spec.extra,
+            self.etcd_line(),
             side.other().name(),
         );
         if self.spec.witness {
@@ -379,6 +429,13 @@ impl Site {
             ));
         }
         text
+    }
+
+    fn etcd_line(&self) -> String {
+        match self.spec.etcd {
+            true => format!("etcd = [\"http://{}:{ETCD_PORT}\"]\n", addr::WITNESS),
+            false => String::new(),
+        }
     }
 
     fn make_dir(&self, path: &Path) -> Result<()> {

@@ -22,6 +22,7 @@ struct Facts {
     role: Role,
     mode: Mode,
     phase: Phase,
+    warning: Option<String>,
     generation: Generation,
     listen: Vec<SocketAddr>,
     shadow: Option<ShadowHandle>,
@@ -74,6 +75,7 @@ impl Board {
             role,
             mode: spec.vm.mode,
             phase: Phase::Starting,
+            warning: None,
             generation: Generation(0),
             listen: Vec::new(),
             shadow: None,
@@ -97,6 +99,11 @@ impl Board {
     /// What protection it aims at from now on.
     pub fn aims_at(&self, mode: Mode) {
         self.facts.lock().mode = mode;
+    }
+
+    /// What an operator must hear of.
+    pub fn warn(&self, of: String) {
+        self.facts.lock().warning = Some(of);
     }
 
     /// The engine that follows a primary, if one does.
@@ -144,6 +151,7 @@ impl Board {
             incarnation: self.incarnation,
             role: facts.role,
             phase: facts.phase.clone(),
+            warning: facts.warning.clone(),
             mode: facts.mode,
             generation: facts.generation,
             listen: facts.listen.clone(),

@@ -208,6 +208,7 @@ mod tests {
                 incarnation: ax_wire::Incarnation(1),
                 role: ax_api::process::Role::Primary,
                 phase: ax_api::process::Phase::Starting,
+                warning: None,
                 mode: ax_api::vm::Mode::Ft,
                 generation: ax_wire::Generation(0),
                 listen: Vec::new(),

@@ -271,13 +271,21 @@ impl Parts {
         Ok(Connector::new(self.security.clone(), pairs, peer))
     }
 
+    /// Leads to the other host's axd.
+    ///
+    /// # Errors
+    /// The peer has no usable name.
+    pub fn peer_axd(&self, spec: &Spec) -> Result<Connector, Error> {
+        self.connector(spec, &spec.peer_axd)
+    }
+
     /// Leads to the witness; none where an operator decides.
     ///
     /// # Errors
     /// The witness has no usable name.
     pub fn witness(&self, spec: &Spec) -> Result<Option<Connector>, Error> {
         match &spec.arbiter {
-            Arbiter::Manual => Ok(None),
+            Arbiter::Manual | Arbiter::Etcd { .. } => Ok(None),
             Arbiter::Witness { name, addresses } => {
                 let pairs = addresses.iter().map(|a| AddressPair::from(*a)).collect();
                 let name = host_name(name)?;

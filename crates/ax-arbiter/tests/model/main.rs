@@ -8,6 +8,7 @@
     reason = "a test fails by panic"
 )]
 
+mod hosts;
 mod pair;
 
 use ax_wire::Generation;
@@ -106,6 +107,7 @@ const NOTHING: Budget = Budget {
     stops: 0,
     failures: 0,
     leaves: 0,
+    cuts: 0,
 };
 
 #[test]

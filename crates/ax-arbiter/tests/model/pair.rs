@@ -5,8 +5,11 @@
 //! everything that has been shown? The holder's copy always does; another's does as long as
 //! nothing is shown that it has not acknowledged.
 
+mod hosts;
 mod offer;
 mod take;
+
+pub use hosts::Hosts;
 
 use ax_arbiter::rules::not_current;
 use ax_wire::record::{Arbiter, Copies, Decision, Flush, Member, Record, Request};
@@ -17,7 +20,7 @@ pub const ME: Arbiter = Arbiter::Operator;
 pub const SIDES: [Side; 2] = [Side::A, Side::B];
 
 /// How much may go wrong in one history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Budget {
     /// Processes killed.
     pub crashes: u8,
@@ -33,6 +36,8 @@ pub struct Budget {
     pub failures: u8,
     /// Orders to leave FT and run on alone.
     pub leaves: u8,
+    /// Times at which the hosts stop seeing each other.
+    pub cuts: u8,
 }
 
 /// One process.
@@ -77,7 +82,10 @@ struct Session {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct World {
     flush: Flush,
+    /// The arbiter's record.
     pub record: Record,
+    /// What the two hosts know, where they have no arbiter.
+    pub hosts: Option<Hosts>,
     pub processes: [Option<Process>; 2],
     /// Each side's disk, durable, contains everything that was shown.
     pub disks: [bool; 2],
@@ -136,6 +144,22 @@ pub enum Step {
     StartBoot(Side),
     /// A new process is started to wait for a primary.
     StartShadow(Side),
+    /// Without an arbiter: the other host gets this side's letter and answers it.
+    Answer(Side),
+    /// The answer arrives.
+    Hear(Side),
+    /// The answer is lost.
+    Forget(Side),
+    /// The letter of a process that is gone arrives at this side.
+    Late(Side),
+    /// This side finds the answer in what its host knows.
+    Look(Side),
+    /// The operator tells this side that the other host is dead.
+    Word(Side),
+    /// The hosts meet with nothing to ask.
+    Meet(Side),
+    Part,
+    Join,
 }
 
 fn at(side: Side) -> usize {
@@ -148,6 +172,7 @@ impl World {
         World {
             flush,
             record: Record::defined(Copies::Both, ME),
+            hosts: None,
             processes: [None, None],
             disks: [true, true],
             marked: [false, false],
@@ -191,9 +216,12 @@ impl World {
     }
 
     fn linked(&self) -> bool {
-        self.session
-            .as_ref()
-            .is_some_and(|session| session.open == [true, true])
+        let apart = self.hosts.as_ref().is_some_and(|hosts| hosts.apart);
+        !apart
+            && self
+                .session
+                .as_ref()
+                .is_some_and(|session| session.open == [true, true])
     }
 
     fn holds_session(&self, side: Side) -> bool {
@@ -224,7 +252,7 @@ impl World {
             incarnation: Incarnation(self.incarnations),
         };
         let (pair, actions) = if boot {
-            Pair::starting(me, self.flush, self.record.generation)
+            Pair::starting(me, self.flush, self.record_on(side).generation)
         } else {
             (Pair::shadow(me, self.flush), Vec::new())
         };
@@ -243,7 +271,10 @@ impl World {
     /// The process is gone: killed, or ended by itself.
     fn end(&mut self, side: Side) {
         if let Some(process) = self.processes[at(side)].take() {
-            self.strays.extend(process.asking);
+            match &mut self.hosts {
+                Some(hosts) => hosts.orphan(side, process.asking),
+                None => self.strays.extend(process.asking),
+            }
         }
         self.permits[at(side)] = false;
         self.close(side);
@@ -274,7 +305,10 @@ impl World {
                     };
                     let before = process.asking.replace(request);
                     process.answer = None;
-                    self.strays.extend(before);
+                    match &mut self.hosts {
+                        Some(hosts) => hosts.forget(side),
+                        None => self.strays.extend(before),
+                    }
                 }
                 Action::FreezeOutputs | Action::HoldOutputs => process.gate = Gate::Shut,
                 Action::ReleaseAlone(_) => process.gate = Gate::Open,
@@ -372,6 +406,7 @@ impl World {
             stops: 0,
             failures: 0,
             leaves: 0,
+            cuts: 0,
         };
         world.end(side.other());
         for _ in 0..64 {

@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ax_api::process::Start;
+use ax_api::process::{Arbiter, Start};
 use ax_api::vm::{Mode, Secondary};
-use ax_arbiter::Client;
-use ax_link::Acceptor;
+use ax_arbiter::{Client, Etcd};
+use ax_link::{Acceptor, Channel};
 use ax_wire::Session;
 use ax_wire::hello::Role as HelloRole;
 use ax_wire::record::{Copies, Flush};
@@ -15,7 +15,9 @@ use io_barrier::SoloGrant;
 use statepoint::pair::Pair;
 
 use super::{Conductor, Input, Life};
-use crate::asker::{self, Asker};
+use crate::asker::manual::{self, AtDesk, Desk, Owner};
+use crate::asker::third::{AtThird, known_witness};
+use crate::asker::{Asker, Keeper, Tell};
 use crate::control::{self, Boards};
 use crate::error::Error;
 use crate::guest::Part;
@@ -64,27 +66,27 @@ impl Conductor {
                 self.parts.machine.lock().boot()?;
             }
         }
-        if self.spec.peer.is_some() {
-            self.listen()?;
-        }
-        let witness = self.parts.witness(&self.spec)?;
         // One that was ever a side of a pair may have a newer copy there, whatever its mode is now (I4).
         let known = self.spec.state_dir.join(PAIRED).exists();
         let paired = self.spec.peer.is_some() && (known || self.spec.vm.mode != Mode::None);
-        match (witness, self.spec.start) {
-            (Some(witness), start) if paired => {
-                self.start_asker(witness, start)?;
+        let keeper = match paired {
+            true => Some(self.keeper()?),
+            false => None,
+        };
+        if self.spec.peer.is_some() {
+            self.listen()?;
+        }
+        match (keeper, self.spec.start) {
+            (Some(keeper), start) => {
+                let asker = Asker::start(keeper, self.tell())?;
+                asker.learn();
+                self.asker = Some(asker);
                 if start == Start::Shadow {
                     self.life = Life::Paired(Pair::shadow(self.me, self.flush()));
                     self.show();
                 }
                 Ok(())
             }
-            (None, _) if paired => Err(Error::Arbiter(
-                "this VM is to be protected but no witness is configured: two hosts alone can't \
-                 tell a dead peer from a cut cable; set `witness` in axd.toml, or use mode none"
-                    .into(),
-            )),
             (_, Start::Shadow) => Err(Error::Arbiter("a VM of mode none has no shadow".into())),
             (_, Start::Boot) => {
                 self.life = Life::Local;
@@ -106,32 +108,43 @@ impl Conductor {
         }
     }
 
-    pub(super) fn start_asker(
-        &mut self,
-        witness: ax_link::Connector,
-        start: Start,
-    ) -> Result<(), Error> {
-        let client = Client::new(witness, asker::known_witness(&self.spec.state_dir))
-            .map_err(Error::Thread)?;
+    pub(super) fn tell(&self) -> Tell {
+        let heard = self.sender.clone();
+        Arc::new(move |what| {
+            let _ = heard.send(Input::Heard(what));
+        })
+    }
+
+    /// Who keeps the record of this pair. Nobody is asked anything yet.
+    pub(super) fn keeper(&mut self) -> Result<Box<dyn Keeper>, Error> {
         // A pair that was never started has its images where it is started first.
-        let home = match start {
+        let current = Copies::Only(match self.spec.start {
             Start::Boot => self.me.side,
             Start::Shadow => self.me.side.other(),
+        });
+        let (pair, me, state_dir) = (self.spec.vm.pair, self.me, &self.spec.state_dir);
+        if let Some(witness) = self.parts.witness(&self.spec)? {
+            let client = Client::new(witness, known_witness(state_dir)).map_err(Error::Thread)?;
+            let keeper = AtThird::new(Box::new(client), pair, me, current, state_dir);
+            return Ok(Box::new(keeper));
+        }
+        if let Arbiter::Etcd { members } = &self.spec.arbiter {
+            let client = Etcd::new(members.clone(), known_witness(state_dir));
+            let keeper = AtThird::new(Box::new(client), pair, me, current, state_dir);
+            return Ok(Box::new(keeper));
+        }
+        let owner = Owner {
+            name: &self.spec.vm.name,
+            pair,
+            me,
+            peer: self.spec.peer.as_deref().unwrap_or_default(),
+            current,
+            fresh: self.spec.start == Start::Shadow,
         };
-        let heard = self.sender.clone();
-        let asker = Asker::start(
-            client,
-            self.spec.vm.pair,
-            self.me,
-            Copies::Only(home),
-            &self.spec.state_dir,
-            move |what| {
-                let _ = heard.send(Input::Heard(what));
-            },
-        )?;
-        asker.learn();
-        self.asker = Some(asker);
-        Ok(())
+        let axd = self.parts.peer_axd(&self.spec)?;
+        let desk = Desk::open(&owner, state_dir, axd, self.tell())?;
+        self.desk = Some(Arc::clone(&desk));
+        Ok(Box::new(AtDesk(desk)))
     }
 
     fn serve_control(&self) -> Result<(), Error> {
@@ -176,9 +189,14 @@ impl Conductor {
         let (spec, me, tell) = (self.spec.clone(), self.me, self.sender.clone());
         let caps = self.parts.machine.lock().caps().clone();
         let door = self.door.clone();
+        let desk = self.desk.clone();
         let gather = move || {
             let mut gathering = Gathering::new(door);
             while let Some(incoming) = acceptor.accept() {
+                if incoming.preamble().channel() == Channel::Witness {
+                    manual::receive(desk.as_ref(), incoming);
+                    continue;
+                }
                 let mine = |theirs: Session| {
                     let session = Session {
                         pair: spec.vm.pair,

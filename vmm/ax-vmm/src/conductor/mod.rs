@@ -12,6 +12,7 @@ mod primary;
 mod promotion;
 mod shadow;
 mod show;
+mod word;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use ax_wire::{EpochId, Incarnation, Side};
 use statepoint::pair::{Event, Pair, Phase};
 use statepoint::shadow::CommittedState;
 
+use crate::asker::manual::Desk;
 use crate::asker::{Asker, Heard};
 use crate::board::Board;
 use crate::control::Order;
@@ -100,6 +102,8 @@ struct Conductor {
     events: Arc<Events>,
     board: Arc<Board>,
     asker: Option<Asker>,
+    /// What this host knows of the pair, where no third party keeps the record.
+    desk: Option<Arc<Desk>>,
     queue: mpsc::Receiver<Input>,
     sender: mpsc::Sender<Input>,
     stint: Stint,
@@ -118,6 +122,8 @@ struct Conductor {
     lost_at: Option<Instant>,
     copied: (u64, u64),
     waits_for: Option<String>,
+    /// The last alarm told.
+    alarmed: Option<String>,
     /// Who waits for a stop or a planned failover.
     waiting: Vec<mpsc::Sender<Reply>>,
     /// Who waits for the arbiter to be found within reach, before a planned failover begins.
@@ -175,6 +181,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         events,
         board,
         asker: None,
+        desk: None,
         queue,
         sender,
         stint: Stint::default(),
@@ -189,6 +196,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         lost_at: None,
         copied: (0, 0),
         waits_for: None,
+        alarmed: None,
         waiting: Vec::new(),
         probing: Vec::new(),
         changing: None,
@@ -362,6 +370,11 @@ impl Conductor {
                 self.step(Event::Refused(refusal))
             }
             Heard::Reachable(found) => self.arbiter_found(found),
+            Heard::Superseded(record) => self.superseded(record),
+            Heard::Alarm(why) => {
+                self.alarm(why);
+                Ok(())
+            }
             Heard::Silent(why) => {
                 if self.waits_for.as_ref() != Some(&why) {
                     self.events.note(format!("waiting for the arbiter: {why}"));

@@ -7,12 +7,13 @@
 use std::sync::mpsc;
 use std::time::Instant;
 
-use ax_api::process::{Reply, Start};
+use ax_api::process::Reply;
 use ax_api::vm::Mode;
 use ax_wire::record::{Record, Refusal};
 use statepoint::pair::{Event, Pair, Phase};
 
 use super::{Conductor, Life};
+use crate::asker::Asker;
 use crate::error::Error;
 
 /// A change of mode under way.
@@ -106,13 +107,10 @@ impl Conductor {
         match &self.asker {
             Some(asker) => asker.learn(),
             None => {
-                let witness = self.parts.witness(&self.spec).map_err(|e| e.to_string())?;
-                let witness = witness.ok_or(
-                    "no witness is configured: two hosts alone can't tell a dead peer from a cut \
-                     cable; set `witness` in axd.toml",
-                )?;
-                self.start_asker(witness, Start::Boot)
-                    .map_err(|e| e.to_string())?;
+                let keeper = self.keeper().map_err(|e| e.to_string())?;
+                let asker = Asker::start(keeper, self.tell()).map_err(|e| e.to_string())?;
+                asker.learn();
+                self.asker = Some(asker);
             }
         }
         Ok(ChangeStep::Learning)

@@ -74,9 +74,8 @@ impl Conductor {
                 });
                 Reply::Done
             }
-            Request::PeerIsDead => Reply::Refused {
-                why: "a witness decides for this VM; an operator's word is not needed".into(),
-            },
+            Request::PeerIsDead => done(self.peer_is_dead()),
+            Request::Word { letter } => self.written_to(&letter),
             Request::PeerGone { incarnation } => {
                 let primary = self.shadowing.as_ref().map(|s| s.primary.incarnation);
                 if primary == Some(incarnation) && self.permission_over.is_some() {

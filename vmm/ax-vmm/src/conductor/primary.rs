@@ -90,6 +90,9 @@ impl Conductor {
             start,
             reply,
         };
+        if let Some(desk) = &self.desk {
+            desk.peer_at(dial.connector.clone());
+        }
         let mine = hello(
             &self.spec,
             self.parts.machine.lock().caps(),

@@ -97,6 +97,7 @@ impl Conductor {
                 self.step(Event::Confirmed(record.generation))?;
                 PeerMessage::Done
             }
+            PeerMessage::HandOver(record) if !self.is_on_record(&record) => PeerMessage::CouldNot,
             PeerMessage::HandOver(record) => {
                 ax_failpoint::reached(Point::TakingOver);
                 self.begin_turn();

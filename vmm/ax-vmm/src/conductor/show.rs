@@ -10,6 +10,7 @@ use super::{Conductor, Life};
 impl Conductor {
     /// Puts the present phase on the board, and tells of a new one.
     pub(super) fn show(&mut self) {
+        self.keep_desk();
         let held = |why: &str| Shown::Held {
             waits_for: why.into(),
         };

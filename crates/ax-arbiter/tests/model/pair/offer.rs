@@ -10,6 +10,7 @@ use super::{SIDES, Step, World, at};
 impl World {
     /// What may happen, given what has.
     pub fn steps(&self, steps: &mut Vec<Step>) {
+        self.steps_of_hosts(steps);
         let session = self.session.as_ref();
         for side in SIDES {
             let other = side.other();
@@ -23,7 +24,7 @@ impl World {
                 continue;
             };
             let phase = &process.pair.phase;
-            if process.asking.is_some() {
+            if process.asking.is_some() && self.hosts.is_none() {
                 steps.push(Step::Decide(side));
             }
             if process.answer.is_some() {

@@ -106,7 +106,9 @@ impl World {
                 if self.linked() && self.holds_session(side) {
                     self.disks = [true, true];
                 } else {
+                    // Durable here: all that this guest has written.
                     self.marked[at(side)] = false;
+                    self.disks[at(side)] |= self.is_current(side);
                 }
                 self.feed(side, final_done(true));
             }
@@ -117,6 +119,15 @@ impl World {
                 self.marked[at(side)] = true;
                 self.feed(side, final_done(false));
             }
+            Step::Answer(_)
+            | Step::Hear(_)
+            | Step::Forget(_)
+            | Step::Late(_)
+            | Step::Look(_)
+            | Step::Word(_)
+            | Step::Meet(_)
+            | Step::Part
+            | Step::Join => self.take_of_hosts(step),
             Step::Crash(side) => {
                 self.budget.crashes -= 1;
                 self.end(side);
@@ -228,6 +239,9 @@ impl World {
 
     /// Requests that can no longer be granted, so that equal worlds look equal.
     fn forget_what_cannot_matter(&mut self) {
+        if self.hosts.is_some() {
+            return;
+        }
         let now = self.record.generation;
         self.strays.retain(|request| request.from >= now);
         self.strays.sort_unstable();

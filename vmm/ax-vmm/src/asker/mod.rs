@@ -1,0 +1,120 @@
+//! Asks the arbiter, in a thread of its own, until it answers.
+//!
+//! Asking is a point of no return (rule 21): a question is repeated, the same each time, until
+//! there is an answer; it is never withdrawn. The record granted is durable here before anyone
+//! acts on it. Who answers is a [`Keeper`]'s business: a third party ([`third`]), or the two hosts and
+//! their operator ([`manual`]).
+
+mod mail;
+pub mod manual;
+pub mod third;
+
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use ax_wire::Generation;
+use ax_wire::record::{Change, Record, Refusal};
+
+use crate::error::Error;
+
+/// How long one try may take before the conductor is told that nobody answers.
+const TRY: Duration = Duration::from_millis(1500);
+
+/// Between two tries after a failure.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// How often a keeper that is asked nothing may look after itself.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// What the asker reports.
+#[derive(Debug)]
+pub enum Heard {
+    /// The arbiter's record of this pair: known, or just registered by both sides.
+    Known(Record),
+    /// The change was granted, now or before.
+    Granted(Record),
+    /// It was refused.
+    Refused(Refusal),
+    /// Nobody answered yet; the question stands.
+    Silent(String),
+    /// To [`Asker::probe`]: the record as the arbiter has it now, or why it can't be had.
+    Reachable(Result<Record, String>),
+    /// Nothing was asked, and this record took the guest away from this process.
+    Superseded(Record),
+    /// Nothing was asked; an operator must hear of this.
+    Alarm(String),
+}
+
+/// Reports to the conductor.
+pub type Tell = Arc<dyn Fn(Heard) + Send + Sync>;
+
+/// Keeps the record, or knows who does.
+pub trait Keeper: Send {
+    /// Learns the record; ends in [`Heard::Known`] or [`Heard::Refused`].
+    fn learn(&mut self, tell: &Tell) -> Heard;
+    /// Looks once whether a change could be granted now; ends in [`Heard::Reachable`].
+    fn probe(&mut self) -> Heard;
+    /// Asks for a change; ends in [`Heard::Granted`] or [`Heard::Refused`].
+    fn ask(&mut self, from: Generation, change: Change, tell: &Tell) -> Heard;
+    /// Nothing has been asked for [`IDLE`].
+    fn idle(&mut self, _tell: &Tell) {}
+}
+
+enum Task {
+    Learn,
+    Probe,
+    Ask(Generation, Change),
+}
+
+/// The handle to the asking thread.
+#[derive(Debug, Clone)]
+pub struct Asker {
+    tasks: mpsc::Sender<Task>,
+}
+
+impl Asker {
+    /// Starts the thread. `tell` is called from it.
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn start(mut keeper: Box<dyn Keeper>, tell: Tell) -> Result<Asker, Error> {
+        let (tasks, todo) = mpsc::channel();
+        let run = move || {
+            loop {
+                let heard = match todo.recv_timeout(IDLE) {
+                    Ok(Task::Learn) => keeper.learn(&tell),
+                    Ok(Task::Probe) => keeper.probe(),
+                    Ok(Task::Ask(from, change)) => keeper.ask(from, change, &tell),
+                    Err(mpsc::RecvTimeoutError::Timeout) => {
+                        keeper.idle(&tell);
+                        continue;
+                    }
+                    Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                };
+                tell(heard);
+            }
+        };
+        std::thread::Builder::new()
+            .name("asker".into())
+            .spawn(run)
+            .map_err(Error::Thread)?;
+        Ok(Asker { tasks })
+    }
+
+    /// Learns the arbiter's record, registering this side if it is unknown there; ends in
+    /// [`Heard::Known`] or [`Heard::Refused`].
+    pub fn learn(&self) {
+        let _ = self.tasks.send(Task::Learn);
+    }
+
+    /// Looks once whether the arbiter answers; ends in [`Heard::Reachable`].
+    pub fn probe(&self) {
+        let _ = self.tasks.send(Task::Probe);
+    }
+
+    /// Asks for a change; ends in [`Heard::Granted`] or [`Heard::Refused`].
+    pub fn ask(&self, from: Generation, change: Change) {
+        let _ = self.tasks.send(Task::Ask(from, change));
+    }
+}
