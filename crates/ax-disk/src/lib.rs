@@ -11,12 +11,15 @@
 
 pub mod image;
 pub mod log;
+pub mod map;
 pub mod meta;
 pub mod replica;
+pub mod rotate;
+pub mod sums;
 pub mod sync;
 
 pub use image::{Image, OpenError};
 pub use log::WriteLog;
 pub use meta::{Condition, Meta};
 pub use replica::Replica;
-pub use sync::SyncCursor;
+pub use sync::{Stepped, SyncCursor, SyncProgress};

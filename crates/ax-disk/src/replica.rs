@@ -5,11 +5,15 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use ax_wire::records::{FLUSH_AWAITED, RecordError, RecordKind, Records};
+use ax_wire::records::{FLUSH_AWAITED, Record, RecordError, RecordKind, Records};
+use ax_wire::resync::Ask;
 use ax_wire::{EpochId, Generation};
 use parking_lot::{Condvar, Mutex};
 
 use crate::image::Image;
+use crate::map::Rotation;
+use crate::meta::{Basis, MetaError};
+use crate::sums;
 
 /// Why records could not be applied.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +40,12 @@ pub enum ApplyError {
         #[source]
         source: io::Error,
     },
+    /// A mark of the dirty-region maps that is none.
+    #[error("the peer sent a mark of the dirty-region maps of {0} bytes")]
+    Mark(usize),
+    /// The durable facts beside an image could not be written.
+    #[error(transparent)]
+    Meta(#[from] MetaError),
     /// The applying thread could not be started.
     #[error("start the thread that applies disk writes: {0}")]
     Thread(#[source] io::Error),
@@ -49,7 +59,20 @@ struct Work {
     busy: bool,
     failed: Option<Arc<ApplyError>>,
     ending: bool,
+    /// What the settling thread is to do.
+    chores: VecDeque<Chore>,
 }
+
+/// What a mark in an epoch has the settling thread do, once that epoch is applied.
+enum Chore {
+    /// Make the disks durable up to this epoch and say so: a rotation began in it.
+    Settle(EpochId, Vec<Rotation>),
+    /// Drop what is older than the rotation that began in this epoch.
+    Drop(EpochId, Basis),
+}
+
+/// Chores that may wait: a primary has one rotation at a time.
+const CHORES: usize = 4;
 
 struct Shared {
     disks: Vec<Arc<Image>>,
@@ -64,7 +87,7 @@ struct Shared {
 /// All disks of one VM on the shadow's side.
 pub struct Replica {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Replica {
@@ -74,19 +97,50 @@ impl std::fmt::Debug for Replica {
 }
 
 /// What applying records has come to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Default)]
 struct Applied {
-    /// They ended durable: the last record was a FLUSH, or one was awaited.
+    /// They ended durable on every disk: the last record was a FLUSH of the only one, or one was awaited.
     durable: bool,
     /// The primary waits for a FLUSH among them.
     awaited: bool,
+    chores: Vec<Chore>,
 }
 
-/// Applies one epoch's records in order.
-fn apply(disks: &[Arc<Image>], records: &[u8]) -> Result<Applied, ApplyError> {
+/// What a mark of the maps means here.
+fn chore(
+    disks: &[Arc<Image>],
+    epoch: EpochId,
+    record: &Record<'_>,
+) -> Result<Option<Chore>, ApplyError> {
+    let wrong = || ApplyError::Mark(record.payload.len());
+    match (record.at, record.payload) {
+        (0, []) => {
+            // Not only the disks that are written: each has its place.
+            let rotations = disks.iter().map(|disk| disk.begin_rotation());
+            Ok(Some(Chore::Settle(epoch, rotations.collect())))
+        }
+        (began, basis) => {
+            let basis = Basis(basis.try_into().map_err(|_| wrong())?);
+            Ok(Some(Chore::Drop(EpochId(began), basis)))
+        }
+    }
+}
+
+/// Applies the records of `epoch`, or of the initial copy when there is none, in order.
+fn apply(
+    disks: &[Arc<Image>],
+    epoch: Option<EpochId>,
+    records: &[u8],
+) -> Result<Applied, ApplyError> {
     let mut applied = Applied::default();
+    // A FLUSH says of its own disk only that it is durable.
+    let only_disk = disks.iter().filter(|disk| !disk.read_only()).count() == 1;
     for record in Records::new(records) {
         let record = record?;
+        if let (RecordKind::DiskMark, Some(epoch)) = (record.kind, epoch) {
+            applied.chores.extend(chore(disks, epoch, &record)?);
+            continue;
+        }
         let disk = disks.get(usize::from(record.unit));
         let unknown = ApplyError::NotADisk {
             kind: record.kind,
@@ -102,11 +156,18 @@ fn apply(disks: &[Arc<Image>], records: &[u8]) -> Result<Applied, ApplyError> {
         };
         match record.kind {
             RecordKind::DiskWrite => disk.write(record.at, record.payload).map_err(failed)?,
+            RecordKind::DiskZero => match <[u8; 8]>::try_from(record.payload) {
+                Ok(len) => disk
+                    .write_zeros(record.at, u64::from_le_bytes(len))
+                    .map_err(failed)?,
+                Err(_) => return Err(unknown),
+            },
             RecordKind::DiskFlush => disk.flush().map_err(failed)?,
             _ => return Err(unknown),
         }
-        applied.durable = record.kind == RecordKind::DiskFlush;
-        applied.awaited |= applied.durable && record.at == FLUSH_AWAITED;
+        let flushed = record.kind == RecordKind::DiskFlush;
+        applied.durable = flushed && only_disk;
+        applied.awaited |= flushed && record.at == FLUSH_AWAITED;
     }
     if applied.awaited {
         // Durable is told by epoch: other disks' writes and what came after the FLUSH are in it too.
@@ -140,16 +201,18 @@ fn run(shared: &Shared) {
         };
         work.busy = true;
         drop(work);
-        let result = apply(&shared.disks, &records);
+        let result = apply(&shared.disks, Some(epoch), &records);
         work = shared.work.lock();
         work.busy = false;
         match result {
             Ok(applied) => {
                 work.applied = epoch;
                 if applied.durable {
-                    work.durable = epoch;
+                    work.durable = work.durable.max(epoch);
                 }
                 work.spare.push(records);
+                let room = CHORES.saturating_sub(work.chores.len());
+                work.chores.extend(applied.chores.into_iter().take(room));
                 if let (true, Some(tell)) = (applied.awaited, shared.on_durable.get()) {
                     drop(work);
                     tell(epoch);
@@ -158,13 +221,69 @@ fn run(shared: &Shared) {
             }
             Err(error) => {
                 tracing::error!(%error, "applying an epoch's disk writes");
-                work.failed = Some(Arc::new(error));
-                work.queue.clear();
+                work.fail(error);
                 shared.changed.notify_all();
                 return;
             }
         }
         shared.changed.notify_all();
+    }
+}
+
+impl Work {
+    fn fail(&mut self, error: ApplyError) {
+        self.failed = Some(Arc::new(error));
+        self.queue.clear();
+    }
+}
+
+/// The settling thread: what rotating the maps takes besides applying, which must not wait for it.
+fn settle(shared: &Shared) {
+    let mut begun: Option<(EpochId, Vec<Rotation>)> = None;
+    let mut work = shared.work.lock();
+    while !work.ending && work.failed.is_none() {
+        let Some(chore) = work.chores.pop_front() else {
+            shared.changed.wait(&mut work);
+            continue;
+        };
+        drop(work);
+        let done = match chore {
+            Chore::Settle(epoch, rotations) => {
+                begun = Some((epoch, rotations));
+                each(&shared.disks, Image::flush_apart).map(|()| Some(epoch))
+            }
+            Chore::Drop(epoch, basis) => match begun.take() {
+                Some((began, rotations)) if began == epoch => {
+                    let mut pairs = shared.disks.iter().zip(rotations);
+                    let writable = |disk: &Image| !disk.read_only();
+                    pairs
+                        .try_for_each(|(disk, rotation)| match writable(disk) {
+                            true => disk.end_rotation(rotation, basis).map(drop),
+                            false => Ok(()),
+                        })
+                        .map(|()| None)
+                        .map_err(ApplyError::from)
+                }
+                _ => Ok(None),
+            },
+        };
+        work = shared.work.lock();
+        match done {
+            Ok(None) => {}
+            Ok(Some(epoch)) => {
+                work.durable = work.durable.max(epoch);
+                if let Some(tell) = shared.on_durable.get() {
+                    drop(work);
+                    tell(epoch);
+                    work = shared.work.lock();
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "making an epoch's disk writes durable");
+                work.fail(error);
+                shared.changed.notify_all();
+            }
+        }
     }
 }
 
@@ -182,6 +301,7 @@ impl Replica {
             busy: false,
             failed: None,
             ending: false,
+            chores: VecDeque::with_capacity(CHORES),
         };
         let shared = Arc::new(Shared {
             disks,
@@ -190,31 +310,46 @@ impl Replica {
             backlog,
             on_durable: OnceLock::new(),
         });
-        let thread = std::thread::Builder::new()
-            .name("disk-replica".into())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || run(&shared)
-            })
-            .map_err(ApplyError::Thread)?;
-        Ok(Replica {
-            shared,
-            thread: Some(thread),
-        })
+        let mut replica = Replica {
+            shared: Arc::clone(&shared),
+            threads: Vec::with_capacity(2),
+        };
+        let work: [(&str, fn(&Shared)); 2] = [("disk-replica", run), ("disk-settle", settle)];
+        for (name, work) in work {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new()
+                .name(name.into())
+                .spawn(move || work(&shared))
+                .map_err(ApplyError::Thread)?;
+            replica.threads.push(thread);
+        }
+        Ok(replica)
     }
 
-    /// Sets who is told, by the applying thread, of each durable epoch with a FLUSH that the primary
-    /// waits for. Set once.
+    /// Sets who is told, by their own threads, of each durable epoch with a FLUSH that the primary waits
+    /// for or a beginning rotation of the maps. Set once.
     pub fn on_durable(&self, tell: impl Fn(EpochId) + Send + Sync + 'static) {
         let _ = self.shared.on_durable.set(Box::new(tell));
     }
 
-    /// Starts a full resync: every image is durably inconsistent and then all zeros.
+    /// Starts a resync: every image is durably inconsistent until [`Self::mark_in_sync`].
     ///
     /// # Errors
     /// An image failed.
-    pub fn begin_full_sync(&self) -> Result<(), ApplyError> {
+    pub fn begin_sync(&self) -> Result<(), ApplyError> {
         self.each(|disk| disk.begin_overwrite())
+    }
+
+    /// Answers what the primary asks to find the blocks that differ; `out` is replaced by the payload.
+    /// False, with nothing in it, when it asks for what these disks do not have.
+    ///
+    /// # Errors
+    /// An image could not be read.
+    pub fn answer(&self, ask: &Ask, out: &mut Vec<u8>) -> Result<bool, ApplyError> {
+        sums::answer(&self.shared.disks, ask, out).map_err(|source| ApplyError::Image {
+            path: "(for a resync)".into(),
+            source,
+        })
     }
 
     /// Applies bulk records of the initial sync at once (before the first epoch).
@@ -222,7 +357,7 @@ impl Replica {
     /// # Errors
     /// A record is not one of this VM's disks, or an image failed.
     pub fn bulk(&self, records: &[u8]) -> Result<(), ApplyError> {
-        apply(&self.shared.disks, records).map(drop)
+        apply(&self.shared.disks, None, records).map(drop)
     }
 
     /// The first epoch is whole and every image with it: makes that durable.
@@ -306,7 +441,7 @@ impl Replica {
         self.each(|disk| disk.make_durable(generation))
     }
 
-    /// The images, for whoever runs the guest now. The applying thread has ended.
+    /// The images, for whoever runs the guest now. The threads have ended.
     ///
     /// # Errors
     /// An epoch could not be applied.
@@ -319,7 +454,7 @@ impl Replica {
     fn end(&mut self) {
         self.shared.work.lock().ending = true;
         self.shared.changed.notify_all();
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
@@ -420,7 +555,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let image = Arc::new(fresh(dir.path(), "a"));
         let replica = Replica::new(vec![Arc::clone(&image)], 2).unwrap();
-        replica.begin_full_sync().unwrap();
+        replica.begin_sync().unwrap();
         assert_eq!(image.meta().lock().condition(), Condition::Inconsistent);
         replica.bulk(&write(0, 0, 1)).unwrap();
         replica.mark_in_sync(Generation(3)).unwrap();

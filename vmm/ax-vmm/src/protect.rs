@@ -8,25 +8,28 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ax_disk::{SyncCursor, WriteLog};
+use ax_disk::{Stepped, SyncCursor, WriteLog};
 use ax_link::heartbeat::{Line, LinkEvent, ProgressSource, Sentinel, Timing as LinkTiming};
 use ax_link::{Channel, Connector, Preamble, Stream};
 use ax_wire::heartbeat::Progress;
 use ax_wire::peer::PeerMessage;
 use ax_wire::record::Record;
+use ax_wire::resync::Ask;
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Boottime, MAX_NICS, RxCounts};
 use parking_lot::Mutex;
 use statepoint::guest::GuestError;
 use statepoint::link::PrimaryLink;
 use statepoint::primary::{
-    Ended, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle,
+    DiskSync, Ended, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents,
+    PrimaryHandle, Start,
 };
 use statepoint::shadow::CommittedState;
 use vmm::MachineHandle;
 
 use crate::error::Error;
 use crate::guest::EpochGuest;
+use crate::maps::MapKeeper;
 use crate::parts::Parts;
 use crate::session::{self, SessionError, Talk};
 
@@ -59,6 +62,7 @@ type Tell = Arc<dyn Fn(Protecting) + Send + Sync>;
 struct Events {
     tell: Tell,
     log: Arc<WriteLog>,
+    maps: Arc<MapKeeper>,
 }
 
 impl PrimaryEvents for Events {
@@ -71,6 +75,7 @@ impl PrimaryEvents for Events {
     }
 
     fn confirmed(&self, _epoch: EpochId) {
+        self.maps.in_sync();
         (self.tell)(Protecting::Confirmed);
     }
 
@@ -103,23 +108,45 @@ impl Source {
 
 impl EpochSource for Source {
     fn restart_sync(&mut self) -> Result<(), GuestError> {
-        // Recording begins before the first chunk is read: decisions/0003.
+        // Recording begins before the map is read and the first block compared: decisions/0003.
         self.log.record(true);
-        let writable = self.disks.iter().map(Arc::clone).collect();
-        self.cursor = Some(SyncCursor::new(writable));
+        let cursor = SyncCursor::new(self.disks.clone()).map_err(|source| GuestError {
+            doing: "begin the resync of the disks",
+            source: Box::new(source),
+        })?;
+        self.cursor = Some(cursor);
         Ok(())
     }
 
+    fn sync_ask(&mut self) -> Option<Ask> {
+        self.cursor.as_mut()?.ask()
+    }
+
+    fn sync_answered(&mut self, payload: &[u8]) -> bool {
+        let cursor = self.cursor.as_mut();
+        cursor.is_some_and(|cursor| cursor.answered(payload))
+    }
+
+    fn sync_progress(&self) -> DiskSync {
+        let at = self.cursor.as_ref().map(SyncCursor::progress);
+        at.map_or(DiskSync::default(), |at| DiskSync {
+            done: at.done,
+            total: at.total,
+            compared: at.compared,
+            moved: at.moved,
+        })
+    }
+
     fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError> {
-        let done = match &mut self.cursor {
+        let stepped = match &mut self.cursor {
             Some(cursor) => cursor.step(&self.log).map_err(|source| GuestError {
-                doing: "read a disk image for the initial copy",
+                doing: "compare a disk image with the shadow's",
                 source: Box::new(source),
             })?,
-            None => true,
+            None => Stepped::Done,
         };
         self.log.seal(records);
-        Ok(done)
+        Ok(stepped == Stepped::Done)
     }
 
     fn disk_bytes(&self) -> usize {
@@ -269,9 +296,15 @@ impl Protection {
             nics,
         } = setting;
         let shadow = config.shadow;
+        let maps = MapKeeper::start(parts.images.clone(), Arc::clone(&parts.log));
+        let maps = Arc::new(maps.map_err(Error::Thread)?);
+        if matches!(config.start, Start::Synced { .. }) {
+            maps.in_sync();
+        }
         let events = Arc::new(Events {
             tell: Arc::clone(&tell),
             log: Arc::clone(&parts.log),
+            maps,
         });
         let (mut engine, handle) = PrimaryEngine::new(
             config,
