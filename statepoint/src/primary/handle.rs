@@ -329,6 +329,13 @@ impl PrimaryHandle {
         self.reading().since(None)
     }
 
+    /// The latest initial copy: bytes of disks compared, and bytes that travelled either way for them.
+    pub fn disk_sync(&self) -> (u64, u64) {
+        let counters = &self.shared.counters;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (get(&counters.disk_compared), get(&counters.disk_moved))
+    }
+
     /// Times and counts at this moment, to be compared with those of another.
     pub fn reading(&self) -> Reading {
         self.shared.counters.reading()

@@ -178,7 +178,7 @@ impl Pair {
         let (engine, primary_handle) = PrimaryEngine::new(
             primary,
             sim.clone(),
-            Source(sim.clone(), 0),
+            Source(sim.clone(), 0, Asked::default()),
             enter.clone(),
             barrier.clone(),
             Arc::new(Boottime),
@@ -238,7 +238,7 @@ impl Pair {
         (pair.primary, pair.primary_handle) = PrimaryEngine::new(
             config,
             pair.sim.clone(),
-            Source(pair.sim.clone(), 0),
+            Source(pair.sim.clone(), 0, Asked::default()),
             pair.enter.clone(),
             pair.barrier.clone(),
             Arc::new(Boottime),

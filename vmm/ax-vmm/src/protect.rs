@@ -89,6 +89,8 @@ pub struct Source {
     log: Arc<WriteLog>,
     disks: Vec<Arc<ax_disk::Image>>,
     cursor: Option<SyncCursor>,
+    /// The last of the copy is in the log.
+    copied: bool,
     handle: MachineHandle,
     nics: usize,
 }
@@ -100,6 +102,7 @@ impl Source {
             log: Arc::clone(&parts.log),
             disks: parts.images.clone(),
             cursor: None,
+            copied: false,
             handle: parts.handle.clone(),
             nics: nics.min(MAX_NICS),
         }
@@ -114,7 +117,7 @@ impl EpochSource for Source {
             doing: "begin the resync of the disks",
             source: Box::new(source),
         })?;
-        self.cursor = Some(cursor);
+        (self.cursor, self.copied) = (Some(cursor), false);
         Ok(())
     }
 
@@ -138,15 +141,21 @@ impl EpochSource for Source {
     }
 
     fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError> {
-        let stepped = match &mut self.cursor {
-            Some(cursor) => cursor.step(&self.log).map_err(|source| GuestError {
-                doing: "compare a disk image with the shadow's",
-                source: Box::new(source),
-            })?,
-            None => Stepped::Done,
-        };
+        // What the last step put in the log goes now, so that this one finds it empty: a guest that fills
+        // it as soon as there is room would keep the copy out for ever.
         self.log.seal(records);
-        Ok(stepped == Stepped::Done)
+        let Some(cursor) = &mut self.cursor else {
+            return Ok(true);
+        };
+        if self.copied {
+            return Ok(true);
+        }
+        let stepped = cursor.step(&self.log).map_err(|source| GuestError {
+            doing: "compare a disk image with the shadow's",
+            source: Box::new(source),
+        })?;
+        self.copied = stepped == Stepped::Done;
+        Ok(false)
     }
 
     fn disk_bytes(&self) -> usize {

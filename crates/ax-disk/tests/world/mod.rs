@@ -302,7 +302,11 @@ impl World {
         let mut cursor = SyncCursor::new(vec![self.sides[self.primary].image()]).unwrap();
         self.replica.as_ref().unwrap().0.begin_sync().unwrap();
         let (mut forward, mut backward) = (VecDeque::new(), VecDeque::<Vec<u8>>::new());
-        let mut steps = if cut { self.rng.below(40) + 1 } else { u64::MAX };
+        let mut steps = if cut {
+            self.rng.below(40) + 1
+        } else {
+            u64::MAX
+        };
         loop {
             steps -= 1;
             if steps == 0 {
@@ -383,7 +387,11 @@ impl World {
         for _ in 0..self.rng.below(7) {
             self.writes(3);
             if self.rng.one_in(4) {
-                let patience = if self.rng.one_in(3) { 1 + self.rng.below(4) } else { 1000 };
+                let patience = if self.rng.one_in(3) {
+                    1 + self.rng.below(4)
+                } else {
+                    1000
+                };
                 if !self.rotate(patience) {
                     return false;
                 }
@@ -404,8 +412,8 @@ impl World {
         let mut commits = VecDeque::new();
         let (go, log, disks) = (&go_on, &log, &disks);
         let rotated = std::thread::scope(|scope| {
-            let rotating =
-                scope.spawn(move || rotate::rotate(disks, log, false, || go.load(Ordering::SeqCst)));
+            let rotating = scope
+                .spawn(move || rotate::rotate(disks, log, false, || go.load(Ordering::SeqCst)));
             while !rotating.is_finished() {
                 if patience == 0 {
                     go_on.store(false, Ordering::SeqCst);
@@ -436,7 +444,9 @@ impl World {
 
     fn facts(&mut self, side: usize) -> Vec<u8> {
         // The shadow's thread may be about to drop bits, or in the middle of it.
-        std::thread::sleep(Duration::from_micros(self.rng.below(2) * self.rng.below(4000)));
+        std::thread::sleep(Duration::from_micros(
+            self.rng.below(2) * self.rng.below(4000),
+        ));
         std::fs::read(self.sides[side].facts()).unwrap()
     }
 
@@ -523,8 +533,10 @@ impl World {
             let file = std::fs::File::options().write(true).open(&side.path);
             // Later than the clock's grain.
             std::thread::sleep(Duration::from_millis(12));
-            file.unwrap().write_all_at(&[0x77; 512], REGION).unwrap();
-            side.content[REGION as usize..][..512].fill(0x77);
+            file.unwrap()
+                .write_all_at(&[0x77; 512], 4 * REGION)
+                .unwrap();
+            side.content[4 * REGION as usize..][..512].fill(0x77);
         }
         self.sides[self.primary].open();
     }
