@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use ax_wire::{Generation, PairId};
 use parking_lot::Mutex;
 
-use crate::map::{Marks, Regions, Rotation, run_of};
+use crate::map::{Marks, Regions, Rotation, Span};
 use crate::meta::{Basis, Condition, Identity, Meta, MetaError};
 
 /// Why an image could not be opened. Nothing has been changed.
@@ -179,7 +179,7 @@ impl Image {
 
     /// The bits of these bytes are durable when it returns (rule 16: before the write).
     fn before_write(&self, offset: u64, len: usize) -> io::Result<()> {
-        let run = run_of(offset, len as u64);
+        let run = span(offset, len).run();
         if self.marks.lock().touch(&run) {
             return Ok(());
         }
@@ -193,7 +193,7 @@ impl Image {
         let order = self.order.lock();
         let changed = act();
         drop(order);
-        changed.inspect_err(|_| self.marks.lock().failed(&run_of(offset, len as u64)))
+        changed.inspect_err(|_| self.marks.lock().failed(&span(offset, len).run()))
     }
 
     /// Sets the region bits durably, then writes at byte `offset`.
@@ -210,14 +210,13 @@ impl Image {
     /// # Errors
     /// As [`Self::write`].
     pub fn write_in_hand(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let run = run_of(offset, data.len() as u64);
-        self.marks.lock().take_in_hand(&run);
+        self.marks.lock().take_in_hand(span(offset, data.len()));
         self.write(offset, data)
     }
 
     /// The guest's write in hand is in the stream. Never blocks.
     pub fn settled(&self, offset: u64, len: usize) {
-        self.marks.lock().settled(&run_of(offset, len as u64));
+        self.marks.lock().settled(span(offset, len));
     }
 
     /// Makes `len` bytes at `offset` zeros, without taking room for them where the host can do that.
@@ -345,6 +344,11 @@ impl Image {
             start.max(0) as u64..(end.max(0) as u64).min(self.size),
         ))
     }
+}
+
+fn span(offset: u64, len: usize) -> Span {
+    let len = len as u64;
+    Span { offset, len }
 }
 
 /// Which file it is. A file system that does not tell when a file was made says 0 always.

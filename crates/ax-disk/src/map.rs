@@ -152,9 +152,18 @@ impl Regions {
     }
 }
 
-/// Regions that `len` bytes at `offset` touch.
-pub(crate) fn run_of(offset: u64, len: u64) -> Range<u64> {
-    offset / REGION..offset.saturating_add(len).div_ceil(REGION)
+/// Bytes of one write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub offset: u64,
+    pub len: u64,
+}
+
+impl Span {
+    /// Regions it touches.
+    pub fn run(self) -> Range<u64> {
+        self.offset / REGION..self.offset.saturating_add(self.len).div_ceil(REGION)
+    }
 }
 
 /// Names one rotation of an image's map: older bits may be dropped for the latest one only.
@@ -171,7 +180,7 @@ pub(crate) struct Marks {
     /// Never dropped while this process lives.
     kept: Regions,
     /// Of the guest's write that is in the image, or is being written, and not in the stream yet.
-    in_hand: Option<Range<u64>>,
+    in_hand: Option<Span>,
     rotation: u64,
     /// The image has failed to become durable once: what it has lost is not known.
     doubtful: bool,
@@ -203,17 +212,18 @@ impl Marks {
 
     /// The guest's write is in hand from here on. One before it that was never completed left an image
     /// of which only the guest knows whether it will write it again.
-    pub fn take_in_hand(&mut self, run: &Range<u64>) {
-        let before = self.in_hand.replace(run.clone());
-        if let Some(before) = before.filter(|before| before != run) {
-            self.kept.insert(before);
+    pub fn take_in_hand(&mut self, write: Span) {
+        let before = self.in_hand.replace(write);
+        // The same bytes again take its place; others, be they of the same region, do not.
+        if let Some(before) = before.filter(|before| *before != write) {
+            self.kept.insert(before.run());
         }
     }
 
     /// The guest's write in hand is in the stream.
-    pub fn settled(&mut self, run: &Range<u64>) {
-        self.recent.insert(run.clone());
-        if self.in_hand.as_ref() == Some(run) {
+    pub fn settled(&mut self, write: Span) {
+        self.recent.insert(write.run());
+        if self.in_hand == Some(write) {
             self.in_hand = None;
         }
     }
@@ -233,7 +243,7 @@ impl Marks {
         let mut dirty = self.set.clone();
         dirty.unite(&self.recent);
         dirty.unite(&self.kept);
-        dirty.insert(self.in_hand.clone().unwrap_or_default());
+        dirty.insert(self.in_hand.map(Span::run).unwrap_or_default());
         dirty
     }
 
@@ -269,7 +279,7 @@ impl Marks {
         }
         let mut stays = self.recent.clone();
         stays.unite(&self.kept);
-        stays.insert(self.in_hand.clone().unwrap_or_default());
+        stays.insert(self.in_hand.map(Span::run).unwrap_or_default());
         let set = self.set.words.iter_mut();
         set.zip(&stays.words).for_each(|(a, b)| *a &= b);
         true
@@ -286,6 +296,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn within(region: u64) -> Span {
+        Span {
+            offset: region * REGION,
+            len: 512,
+        }
+    }
+
     #[test]
     fn what_stays_when_older_bits_are_dropped() {
         let mut marks = Marks::new(Regions::none(200));
@@ -295,7 +312,7 @@ mod tests {
         };
         durable(&mut marks, 1..4); // older
         durable(&mut marks, 10..11); // older, written again since
-        marks.take_in_hand(&(20..21)); // in hand at the rotation and at its end
+        marks.take_in_hand(within(20)); // in hand at the rotation and at its end
         durable(&mut marks, 20..21);
         marks.failed(&(30..31));
         durable(&mut marks, 30..31);
@@ -312,7 +329,7 @@ mod tests {
         assert!(!marks.set().contains(199) && !marks.set().contains(2));
         // Completed after the rotation began: in the stream of a later epoch.
         let rotation = marks.begin_rotation();
-        marks.settled(&(20..21));
+        marks.settled(within(20));
         assert!(marks.end_rotation(rotation));
         assert_eq!(left(&marks), [20, 30]);
         let rotation = marks.begin_rotation();
@@ -324,9 +341,19 @@ mod tests {
     #[test]
     fn a_write_that_was_never_completed_stays_for_good() {
         let mut marks = Marks::new(Regions::all(8));
-        marks.take_in_hand(&(5..6));
-        marks.take_in_hand(&(1..2));
-        marks.settled(&(1..2));
+        marks.take_in_hand(within(5));
+        // Another one in the same region.
+        let other = Span {
+            offset: 5 * REGION + 4096,
+            len: 512,
+        };
+        marks.take_in_hand(other);
+        marks.settled(other);
+        // One that is issued again, and completed this time.
+        for _ in 0..2 {
+            marks.take_in_hand(within(1));
+        }
+        marks.settled(within(1));
         for _ in 0..3 {
             let rotation = marks.begin_rotation();
             assert!(marks.end_rotation(rotation));

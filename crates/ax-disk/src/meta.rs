@@ -473,7 +473,7 @@ impl Meta {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::map::run_of;
+    use crate::map::Span;
 
     const PAIR: PairId = PairId([3; 16]);
     const SIZE: u64 = 100 * REGION;
@@ -496,7 +496,7 @@ mod tests {
         }
 
         fn write(&mut self, offset: u64, len: u64) {
-            let run = run_of(offset, len);
+            let run = Span { offset, len }.run();
             if !self.marks.lock().touch(&run) {
                 self.meta.cover(&self.marks, &run).unwrap();
             }
