@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn an_earlier_turn_or_a_failed_flush_drops_nothing() {
+    fn an_earlier_rotation_or_a_failed_flush_drops_nothing() {
         let mut marks = Marks::new(Regions::all(8));
         let first = marks.begin_rotation();
         let second = marks.begin_rotation();

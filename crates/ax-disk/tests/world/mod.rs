@@ -410,10 +410,17 @@ impl World {
         let log = Arc::clone(&self.log);
         let then = self.sides[self.primary].content.clone();
         let mut commits = VecDeque::new();
+        let (empty, mut began) = (self.log.len(), false);
         let (go, log, disks) = (&go_on, &log, &disks);
         let rotated = std::thread::scope(|scope| {
             let rotating = scope
                 .spawn(move || rotate::rotate(disks, log, false, || go.load(Ordering::SeqCst)));
+            // What is written before the rotation has begun is made durable by it, which `then` does not
+            // know of. Its mark tells that it has; without one there was nothing to drop.
+            while log.len() == empty && !rotating.is_finished() {
+                std::thread::yield_now();
+            }
+            began = log.len() != empty;
             while !rotating.is_finished() {
                 if patience == 0 {
                     go_on.store(false, Ordering::SeqCst);
@@ -435,7 +442,7 @@ impl World {
             }
             rotating.join().unwrap().unwrap()
         });
-        if rotated {
+        if rotated && began {
             self.sides[self.primary].durable_as_of(&then);
             self.dropped += 1;
         }
