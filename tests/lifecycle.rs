@@ -16,6 +16,9 @@ use testkit::fault::{Action, Order, Point};
 use testkit::site::{Side, Site};
 use testkit::{require_fail_points, require_kvm, require_lab};
 
+/// Bytes of the guest's disk.
+const DISK: u64 = 64 << 20;
+
 /// Counts in guest memory: 1 means that the guest has booted anew since the last time.
 fn turns(site: &Site) -> String {
     let mut resp = Talk::open(site, GUEST, port::RESP, PATIENCE).unwrap();
@@ -164,6 +167,7 @@ fn a_stopped_vm_has_equal_disks_and_starts_on_either_host() {
         }
         let started = site.run_axvm(home.other(), &["start", "vm"]).unwrap();
         assert!(started.contains("protected by"), "{started}");
+        assert_resynced_by_the_maps(&site, end);
     }
     let events = site.run_axvm(Side::A, &["events", "vm"]).unwrap();
     for told in [
@@ -173,6 +177,21 @@ fn a_stopped_vm_has_equal_disks_and_starts_on_either_host() {
     ] {
         assert!(events.contains(told), "{told} is not in {events}");
     }
+}
+
+/// Both sides had the disk: what was compared is what their maps named, and next to nothing moved.
+fn assert_resynced_by_the_maps(site: &Site, end: &str) {
+    let vm = site.show(Side::A, "vm").unwrap();
+    let processes = vm["processes"].as_array().unwrap();
+    let primary = processes.iter().find(|p| p["status"]["role"] == "primary");
+    let sync = &primary.unwrap()["status"]["disk_sync"];
+    let (compared, moved) = (sync["compared"].as_u64(), sync["moved"].as_u64());
+    let (compared, moved) = (compared.unwrap(), moved.unwrap());
+    assert!(compared < DISK / 2, "after {end}: {sync}");
+    assert!(
+        moved > 0 && moved <= compared / 100 + 4096,
+        "after {end}: {sync}"
+    );
 }
 
 /// Without a record of an orderly end only the last primary may start it (rule 23).

@@ -314,8 +314,9 @@ impl Replica {
             shared: Arc::clone(&shared),
             threads: Vec::with_capacity(2),
         };
-        let work: [(&str, fn(&Shared)); 2] = [("disk-replica", run), ("disk-settle", settle)];
-        for (name, work) in work {
+        let applying = ("disk-replica", run as fn(&Shared));
+        let settling = ("disk-settle", settle as fn(&Shared));
+        for (name, work) in [applying, settling] {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new()
                 .name(name.into())
