@@ -294,11 +294,15 @@ impl Image {
     }
 
     /// Durably drops the bits of writes completed before `rotation` began, which are durable on both sides;
-    /// the rest is relative to `basis`. False when that rotation is over.
+    /// the rest is relative to `basis`. Returns how many; none when that rotation is over.
     ///
     /// # Errors
     /// The file of the map could not be written; whatever it holds is right.
-    pub(crate) fn end_rotation(&self, rotation: Rotation, basis: Basis) -> Result<bool, MetaError> {
+    pub(crate) fn end_rotation(
+        &self,
+        rotation: Rotation,
+        basis: Basis,
+    ) -> Result<Option<u64>, MetaError> {
         self.meta.lock().end_rotation(&self.marks, rotation, basis)
     }
 

@@ -166,6 +166,9 @@ impl Span {
     }
 }
 
+/// Regions whose bits are set ahead of a write that goes on where others ended.
+const AHEAD: u64 = 8;
+
 /// Names one rotation of an image's map: older bits may be dropped for the latest one only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rotation(u64);
@@ -203,6 +206,17 @@ impl Marks {
     pub fn touch(&mut self, run: &Range<u64>) -> bool {
         self.recent.insert(run.clone());
         self.set.covers(run)
+    }
+
+    /// What to make durable for a write of `run`: more than that when it goes on where others ended, so
+    /// that who writes on and on does not wait for the map at every region.
+    pub fn ahead(&self, run: &Range<u64>) -> Range<u64> {
+        let goes_on = run
+            .start
+            .checked_sub(1)
+            .is_some_and(|r| self.set.contains(r));
+        let ahead = if goes_on { AHEAD } else { 0 };
+        run.start..(run.end + ahead).min(self.set.count())
     }
 
     /// The bits of `run` are durable now.
@@ -271,18 +285,20 @@ impl Marks {
     }
 
     /// Every write completed before `rotation` began is durable on both sides: drops older bits. What is
-    /// left must be made durable before anything else is dropped from the map on disk. False, with
-    /// nothing changed, when that rotation is not the latest, or what is durable is in doubt.
-    pub fn end_rotation(&mut self, rotation: Rotation) -> bool {
+    /// left must be made durable before anything else is dropped from the map on disk. Returns how many
+    /// were dropped; none, with nothing changed, when that rotation is not the latest, or what is durable
+    /// is in doubt.
+    pub fn end_rotation(&mut self, rotation: Rotation) -> Option<u64> {
         if self.rotation != rotation.0 || self.doubtful {
-            return false;
+            return None;
         }
+        let before = self.set.len();
         let mut stays = self.recent.clone();
         stays.unite(&self.kept);
         stays.insert(self.in_hand.map(Span::run).unwrap_or_default());
         let set = self.set.words.iter_mut();
         set.zip(&stays.words).for_each(|(a, b)| *a &= b);
-        true
+        Some(before - self.set.len())
     }
 
     /// The bits that are durable.
@@ -319,7 +335,7 @@ mod tests {
         let rotation = marks.begin_rotation();
         assert!(marks.touch(&(10..11)), "durable already");
         assert!(!marks.touch(&(199..200)), "not yet");
-        assert!(marks.end_rotation(rotation));
+        assert!(marks.end_rotation(rotation).is_some());
         let left = |marks: &Marks| {
             let mut all = marks.dirty();
             let runs = std::iter::from_fn(|| all.take_run(0, 1));
@@ -330,12 +346,23 @@ mod tests {
         // Completed after the rotation began: in the stream of a later epoch.
         let rotation = marks.begin_rotation();
         marks.settled(within(20));
-        assert!(marks.end_rotation(rotation));
+        assert!(marks.end_rotation(rotation).is_some());
         assert_eq!(left(&marks), [20, 30]);
         let rotation = marks.begin_rotation();
-        assert!(marks.end_rotation(rotation));
+        assert!(marks.end_rotation(rotation).is_some());
         assert_eq!(left(&marks), [30]);
         assert!(!marks.worth_rotating());
+    }
+
+    #[test]
+    fn bits_are_set_ahead_of_who_writes_on_and_on_only() {
+        let mut marks = Marks::new(Regions::none(100));
+        assert_eq!(marks.ahead(&(0..1)), 0..1);
+        assert_eq!(marks.ahead(&(20..22)), 20..22);
+        marks.covered(&(20..22));
+        assert_eq!(marks.ahead(&(22..23)), 22..31);
+        marks.covered(&(97..98));
+        assert_eq!(marks.ahead(&(98..99)), 98..100);
     }
 
     #[test]
@@ -356,7 +383,7 @@ mod tests {
         marks.settled(within(1));
         for _ in 0..3 {
             let rotation = marks.begin_rotation();
-            assert!(marks.end_rotation(rotation));
+            assert!(marks.end_rotation(rotation).is_some());
         }
         assert!(marks.dirty().contains(5) && marks.dirty().len() == 1);
     }
@@ -366,9 +393,9 @@ mod tests {
         let mut marks = Marks::new(Regions::all(8));
         let first = marks.begin_rotation();
         let second = marks.begin_rotation();
-        assert!(!marks.end_rotation(first));
+        assert_eq!(marks.end_rotation(first), None);
         marks.doubt();
-        assert!(!marks.end_rotation(second));
+        assert_eq!(marks.end_rotation(second), None);
         assert_eq!(marks.dirty().len(), 8);
     }
 

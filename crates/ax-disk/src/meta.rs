@@ -433,7 +433,9 @@ impl Meta {
         run: &std::ops::Range<u64>,
     ) -> Result<(), MetaError> {
         // Nothing is dropped meanwhile: that takes this file, too.
-        let mut bits = marks.lock().set().clone();
+        let locked = marks.lock();
+        let (run, mut bits) = (&locked.ahead(run), locked.set().clone());
+        drop(locked);
         bits.insert(run.clone());
         let page = |region: u64| (region / 64) as usize / WORDS_PER_PAGE;
         for number in page(run.start)..=page(run.end.saturating_sub(1).max(run.start)) {
@@ -445,7 +447,8 @@ impl Meta {
     }
 
     /// Every write completed before `rotation` began is durable on both sides: durably drops the older bits
-    /// and makes the rest relative to `basis`. False, with nothing changed, when that rotation is over.
+    /// and makes the rest relative to `basis`. Returns how many were dropped; none, with nothing changed,
+    /// when that rotation is over.
     ///
     /// # Errors
     /// The file then holds the former map, the new one, or pages of both: each is right.
@@ -454,11 +457,11 @@ impl Meta {
         marks: &Mutex<Marks>,
         rotation: Rotation,
         basis: Basis,
-    ) -> Result<bool, MetaError> {
+    ) -> Result<Option<u64>, MetaError> {
         let mut locked = marks.lock();
-        if !locked.end_rotation(rotation) {
-            return Ok(false);
-        }
+        let Some(dropped) = locked.end_rotation(rotation) else {
+            return Ok(None);
+        };
         let left = locked.set().clone();
         drop(locked);
         // From here on pages are written for the new basis, also by a write that comes after a failure.
@@ -466,7 +469,7 @@ impl Meta {
         self.write_pages(&left)?;
         self.sync()?;
         self.write_header()?;
-        Ok(true)
+        Ok(Some(dropped))
     }
 }
 
@@ -504,11 +507,8 @@ mod tests {
 
         fn rotate(&mut self, basis: Basis) {
             let rotation = self.marks.lock().begin_rotation();
-            assert!(
-                self.meta
-                    .end_rotation(&self.marks, rotation, basis)
-                    .unwrap()
-            );
+            let ended = self.meta.end_rotation(&self.marks, rotation, basis);
+            assert!(ended.unwrap().is_some());
         }
 
         fn dirty(&self) -> u64 {
@@ -583,12 +583,8 @@ mod tests {
         let before = std::fs::read(&path).unwrap();
         let rotation = facts.marks.lock().begin_rotation();
         facts.write(2 * REGION, 1);
-        assert!(
-            facts
-                .meta
-                .end_rotation(&facts.marks, rotation, new)
-                .unwrap()
-        );
+        let ended = facts.meta.end_rotation(&facts.marks, rotation, new);
+        assert!(ended.unwrap().is_some());
         drop(facts);
         let after = std::fs::read(&path).unwrap();
         let mut seen = std::collections::BTreeSet::new();

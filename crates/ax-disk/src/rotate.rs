@@ -33,8 +33,17 @@ pub enum RotateError {
     Meta(#[from] MetaError),
 }
 
-/// Drops the bits of what is durable on both sides from the primary's maps, and has the shadow do so;
-/// false when that was not done wholly. For a thread of its own: it waits for the shadow and for fsyncs. Only while a
+/// What a rotation came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rotated {
+    /// Both maps are relative to its end, or will be soon; or there was nothing to drop.
+    pub done: bool,
+    /// Regions whose bits were dropped here. Each costs the guest an fsync of the map, on both sides, when
+    /// it is written again.
+    pub dropped: u64,
+}
+
+/// Drops the bits of what is durable on both sides from the primary's maps, and has the shadow do so. For a thread of its own: it waits for the shadow and for fsyncs. Only while a
 /// shadow is in sync. Ends early when `go_on` says no. Does nothing when no bit could be dropped, unless
 /// `anyway`: then the maps get a common basis all the same.
 ///
@@ -45,18 +54,20 @@ pub fn rotate(
     log: &WriteLog,
     anyway: bool,
     go_on: impl Fn() -> bool,
-) -> Result<bool, RotateError> {
+) -> Result<Rotated, RotateError> {
+    let mut rotated = Rotated::default();
     if disks.iter().any(|disk| disk.is_doubtful()) {
-        return Ok(false);
+        return Ok(rotated);
     }
     if !anyway && !disks.iter().any(|disk| disk.worth_rotating()) {
-        return Ok(true);
+        rotated.done = true;
+        return Ok(rotated);
     }
     let writable = disks.iter().filter(|disk| !disk.read_only());
     // Before the mark: a write that is not touched after this was recorded before it.
     let rotations: Vec<_> = writable.map(|disk| (disk, disk.begin_rotation())).collect();
     let Some(epoch) = log.mark_and_wait(&go_on) else {
-        return Ok(false);
+        return Ok(rotated);
     };
     rotations
         .iter()
@@ -64,7 +75,10 @@ pub fn rotate(
     let basis = Basis::random()?;
     let mut all = true;
     for (disk, rotation) in rotations {
-        all &= disk.end_rotation(rotation, basis)?;
+        let dropped = disk.end_rotation(rotation, basis)?;
+        rotated.dropped += dropped.unwrap_or(0);
+        all &= dropped.is_some();
     }
-    Ok(all && log.mark_end(epoch, basis.0))
+    rotated.done = all && log.mark_end(epoch, basis.0);
+    Ok(rotated)
 }

@@ -74,7 +74,7 @@ fn resync(a: &Arc<Image>, b: &Arc<Image>) -> SyncProgress {
                 log.durable_on_shadow(epoch);
             }
         }
-        assert!(rotating.join().unwrap().unwrap());
+        assert!(rotating.join().unwrap().unwrap().done);
         commit();
     });
     let began = std::time::Instant::now();

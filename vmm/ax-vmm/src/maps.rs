@@ -12,6 +12,16 @@ use parking_lot::{Condvar, Mutex};
 /// From one rotation to the next, when anything was written.
 const INTERVAL: Duration = Duration::from_secs(10);
 
+/// More than that for each region dropped: a guest that writes everywhere has to set its bit again, with an
+/// fsync of some milliseconds, which then takes a tenth of its time at most.
+const PER_REGION: Duration = Duration::from_millis(20);
+
+/// When the next rotation is due after one that dropped so many regions.
+fn pace(dropped: u64) -> Duration {
+    let regions = u32::try_from(dropped).unwrap_or(u32::MAX);
+    INTERVAL.max(PER_REGION.saturating_mul(regions))
+}
+
 #[derive(Default)]
 struct State {
     in_sync: bool,
@@ -65,16 +75,33 @@ fn run(shared: &Shared, disks: &[Arc<Image>], log: &WriteLog) {
     let mut anyway = true;
     while !state.ended {
         drop(state);
-        match rotate::rotate(disks, log, anyway, || !shared.state.lock().ended) {
-            Ok(done) => anyway = !done,
+        let rotated = rotate::rotate(disks, log, anyway, || !shared.state.lock().ended);
+        let dropped = match rotated {
+            Ok(rotated) => {
+                anyway = !rotated.done;
+                rotated.dropped
+            }
             Err(error) => {
                 tracing::error!(%error, "the dirty-region maps keep what they have: a resync compares more");
                 return;
             }
-        }
+        };
         state = shared.state.lock();
         if !state.ended {
-            shared.changed.wait_for(&mut state, INTERVAL);
+            shared.changed.wait_for(&mut state, pace(dropped));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_writes_everywhere_is_rotated_rarely() {
+        assert_eq!(pace(0), INTERVAL);
+        assert_eq!(pace(500), INTERVAL);
+        assert_eq!(pace(5000), Duration::from_secs(100));
+        assert!(pace(u64::MAX) > Duration::from_secs(3600));
     }
 }

@@ -440,7 +440,7 @@ impl World {
                     log.durable_on_shadow(epoch);
                 }
             }
-            rotating.join().unwrap().unwrap()
+            rotating.join().unwrap().unwrap().done
         });
         if rotated && began {
             self.sides[self.primary].durable_as_of(&then);
