@@ -10,6 +10,7 @@
 //! that bulk and guest writes can never overtake each other: it sends the blocks that differ, of the
 //! regions that the two sides' maps name. [`rotate`] keeps those maps short while both are in sync.
 
+mod apply;
 pub mod image;
 pub mod log;
 pub mod map;
