@@ -371,11 +371,19 @@ fn identity(file: &File) -> io::Result<Identity> {
 
 impl Drop for Image {
     fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Image {
+    /// Nothing writes the image any more: notes when its content was last changed, so that whoever changes
+    /// it before it is opened again is found out. Only logged when it fails: then nobody is.
+    pub fn close(&self) {
         let closed = identity(&self.file)
             .map_err(|e| e.to_string())
             .and_then(|is| {
                 self.meta
-                    .get_mut()
+                    .lock()
                     .close(is.changed)
                     .map_err(|e| e.to_string())
             });

@@ -421,6 +421,9 @@ impl Meta {
     /// The image is closed in order; whoever changes it before it is opened again is found out by the
     /// time of its last change. Not durable before the image is: then the next resync compares all.
     pub(crate) fn close(&mut self, changed: u64) -> Result<(), MetaError> {
+        if self.header.closed == changed {
+            return Ok(());
+        }
         self.header.closed = changed;
         self.write_header()
     }
