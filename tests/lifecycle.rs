@@ -4,17 +4,21 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use common::talk::{
-    SIDES, Talk, answers, append, assert_stopped, axvm, last_order, read, state, text, until_state,
-    vm_processes,
+    SIDES, Talk, answers, append, assert_stopped, axvm, image, last_order, read, state, text,
+    until_state, vm_processes,
 };
 use common::{Clients, GUEST, PATIENCE, QUIET, alone, eventually, patient, protected};
 use probe_guest::port;
 use testkit::fault::{Action, Order, Point};
 use testkit::site::{Side, Site};
 use testkit::{require_fail_points, require_kvm, require_lab};
+
+/// Bytes of the guest's disk.
+const DISK: u64 = 64 << 20;
 
 /// Counts in guest memory: 1 means that the guest has booted anew since the last time.
 fn turns(site: &Site) -> String {
@@ -162,8 +166,16 @@ fn a_stopped_vm_has_equal_disks_and_starts_on_either_host() {
             assert_eq!(code, 7, "{why}");
             assert!(why.contains("does not run"), "{why}");
         }
+        let changed = end == "crash";
+        if changed {
+            // Somebody mends the copy that the guest will not run on.
+            let path = image(&site, home, "vm.img");
+            let file = std::fs::File::options().write(true).open(path);
+            file.unwrap().write_all_at(&[7; 512], DISK - 512).unwrap();
+        }
         let started = site.run_axvm(home.other(), &["start", "vm"]).unwrap();
         assert!(started.contains("protected by"), "{started}");
+        assert_resynced_by_the_maps(&site, changed, end);
     }
     let events = site.run_axvm(Side::A, &["events", "vm"]).unwrap();
     for told in [
@@ -173,6 +185,25 @@ fn a_stopped_vm_has_equal_disks_and_starts_on_either_host() {
     ] {
         assert!(events.contains(told), "{told} is not in {events}");
     }
+}
+
+/// Both sides had the disk: what was compared is what their maps named, and next to nothing moved.
+/// The map of a disk that was changed behind it names nothing: then everything was compared.
+fn assert_resynced_by_the_maps(site: &Site, changed: bool, end: &str) {
+    let vm = site.show(Side::A, "vm").unwrap();
+    let processes = vm["processes"].as_array().unwrap();
+    let primary = processes.iter().find(|p| p["status"]["role"] == "primary");
+    let sync = &primary.unwrap()["status"]["disk_sync"];
+    let (compared, moved) = (sync["compared"].as_u64(), sync["moved"].as_u64());
+    let (compared, moved) = (compared.unwrap(), moved.unwrap());
+    match changed {
+        true => assert_eq!(compared, DISK, "after {end}"),
+        false => assert!(compared < DISK / 2, "after {end}: {sync}"),
+    }
+    assert!(
+        moved > 0 && moved <= compared / 100 + 4096,
+        "after {end}: {sync}"
+    );
 }
 
 /// Without a record of an orderly end only the last primary may start it (rule 23).

@@ -192,7 +192,11 @@ fn leave(sink: &mut dyn OutputSink, record: Record<'_>) {
         RecordKind::PowerOff => sink.power(Power::Off),
         RecordKind::Reset => sink.power(Power::Reset),
         RecordKind::Crash => sink.power(Power::Crash),
-        RecordKind::DiskWrite | RecordKind::DiskFlush | RecordKind::Received => {
+        RecordKind::DiskWrite
+        | RecordKind::DiskFlush
+        | RecordKind::DiskZero
+        | RecordKind::DiskMark
+        | RecordKind::Received => {
             tracing::error!(kind = ?record.kind, "not an output: ignored");
         }
     }

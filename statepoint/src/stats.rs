@@ -176,6 +176,10 @@ pub struct Counters {
     pub commit: Histogram,
     /// Bytes shipped.
     pub bytes: AtomicU64,
+    /// Bytes of disks compared by the latest initial copy.
+    pub disk_compared: AtomicU64,
+    /// Bytes that travelled either way for the disks in the latest initial copy.
+    pub disk_moved: AtomicU64,
     /// Captures that failed and were undone (I6).
     pub failed_captures: AtomicU64,
     /// Times an acknowledgement's permission expired (rule 24).

@@ -48,6 +48,12 @@ fn thousands_of_epochs_with_a_digest_each_then_a_failover() {
     pair.stop.store(true, Ordering::SeqCst);
     workload.join().unwrap();
     pair.check_failover();
+    let (copied, total) = *pair.enter.copied.lock();
+    assert_eq!(copied, total, "of the initial copy");
+    let whole = 256 * ax_wire::PAGE_SIZE + sim::DISK;
+    assert!(total >= whole as u64, "memory and disk: {total}");
+    let disk = (sim::DISK as u64, sim::DISK as u64 / 4096);
+    assert_eq!(pair.primary_handle.disk_sync(), disk, "compared and moved");
     let stats = pair.primary_handle.stats();
     assert!(
         stats.pause_ns.count >= 2000 && stats.bytes > 1 << 20,

@@ -9,11 +9,13 @@ use std::io::Cursor;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use ax_wire::resync::MAX_ANSWER;
 use ax_wire::stream::{FrameError, FrameKind, HEADER, Header, MAX_PAYLOAD, run_header};
 use ax_wire::{EpochId, Generation, PAGE_SIZE};
 use sim::cable::{Fault, Meter, Tape, cable};
 use sim::{Pair, Rng, session, until};
-use statepoint::link::{LinkError, ShadowLink};
+use statepoint::link::{LinkError, PrimaryLink, ShadowLink};
+use statepoint::primary::PrimaryError;
 use statepoint::shadow::ShadowError;
 
 #[derive(Clone)]
@@ -143,7 +145,10 @@ fn no_hostile_stream_is_taken_for_an_epoch() {
         let harmless = matches!(
             kind,
             FrameKind::BulkPages | FrameKind::BulkDisk | FrameKind::BulkDiskEnd
-        ) || matches!(kind, FrameKind::Question | FrameKind::Received);
+        ) || matches!(
+            kind,
+            FrameKind::Question | FrameKind::Received | FrameKind::DiskAsk
+        );
         if harmless || rng.below(4) != 0 {
             continue;
         }
@@ -293,4 +298,91 @@ fn lengths_and_pages_out_of_bounds_are_refused_before_they_cost_anything() {
         "{error}"
     );
     assert_eq!(committed, Some(EpochId(2)));
+}
+
+#[test]
+fn questions_about_disks_that_are_not_there_or_not_due_are_refused() {
+    let (guest, bytes) = record();
+    let good = frames(&bytes);
+    let ask = find(&good, FrameKind::DiskAsk, 0);
+    let with = |change: &dyn Fn(&mut Frame)| {
+        let mut bad = good.clone();
+        change(&mut bad[ask]);
+        let (error, committed) = play(&guest, sealed(&bad));
+        let refused = matches!(error, ShadowError::Link(LinkError::Frame(_)));
+        assert!(refused, "{error}");
+        assert_eq!(committed, None);
+    };
+    with(&|frame| frame.payload[8..16].copy_from_slice(&(1u64 << 40).to_le_bytes()));
+    with(&|frame| frame.payload[24] ^= 1);
+    with(&|frame| frame.payload.truncate(20));
+    with(&|frame| frame.payload.push(0));
+    with(&|frame| frame.header.kind = FrameKind::DiskBasis);
+    with(&|frame| frame.header.kind = FrameKind::DiskSums);
+    // In sync already, and within an epoch.
+    let outside = [
+        find(&good, FrameKind::EpochEnd, 2) + 1,
+        find(&good, FrameKind::EpochEnd, 2),
+    ];
+    for (at, last) in outside.into_iter().zip([2, 1]) {
+        let mut late = good.clone();
+        let mut again = good[ask].clone();
+        again.header.session = good[at - 1].header.session;
+        late.insert(at, again);
+        let (error, committed) = play(&guest, sealed(&late));
+        assert!(matches!(error, ShadowError::Epoch { .. }), "{error}");
+        assert_eq!(committed, Some(EpochId(last)));
+    }
+    // Records that have no place there: a mark of the maps in the copy, zeros in an epoch.
+    let in_an_epoch = good.iter().position(|f| f.header.kind == FrameKind::Disk);
+    let misplaced = [
+        (find(&good, FrameKind::BulkDisk, 0), 10),
+        (in_an_epoch.unwrap(), 9),
+    ];
+    for (at, kind) in misplaced {
+        let mut bad = good.clone();
+        bad[at].payload[0] = kind;
+        let (error, _) = play(&guest, sealed(&bad));
+        assert!(matches!(error, ShadowError::Epoch { .. }), "{error}");
+    }
+}
+
+#[test]
+fn answers_about_disks_that_nobody_asked_for_are_refused() {
+    let frame = |kind, payload: Vec<u8>| Frame {
+        header: Header {
+            kind,
+            session: session(sim::B.incarnation, 1),
+            epoch: EpochId(0),
+            len: payload.len(),
+            payload_crc: 0,
+            number: 0,
+        },
+        payload,
+    };
+    let bad = [
+        frame(FrameKind::DiskMap, vec![0; 32]),
+        frame(FrameKind::DiskSums, vec![0xff; 8]),
+        frame(FrameKind::DiskSums, vec![]),
+        frame(FrameKind::DiskSums, vec![0; MAX_ANSWER + 1]),
+        frame(FrameKind::DiskAsk, vec![0; 56]),
+    ];
+    for bad in bad {
+        let kind = bad.header.kind;
+        let mut pair = Pair::new(4);
+        let (hold, held) = std::os::unix::net::UnixStream::pair().unwrap();
+        let resume = frame(FrameKind::Resume, vec![0; 16]);
+        let bytes = std::io::Cursor::new(sealed(&[resume, bad]));
+        // The connection stays open behind the last byte.
+        let backward = std::io::Read::chain(Tape(bytes), held);
+        let error = pair.primary.run(PrimaryLink {
+            forward: Box::new(std::io::sink()),
+            backward: Box::new(backward),
+            close: Arc::new(move || {
+                let _ = hold.shutdown(std::net::Shutdown::Both);
+            }),
+        });
+        let refused = matches!(error, Err(PrimaryError::Link(LinkError::Frame(_))));
+        assert!(refused, "{kind:?}: {error:?}");
+    }
 }

@@ -222,6 +222,9 @@ pub struct Status {
     /// What a pause consists of, medians likewise.
     #[serde(default)]
     pub pause_parts_us: PauseParts,
+    /// What the latest initial copy to a shadow took for the disks.
+    #[serde(default)]
+    pub disk_sync: DiskSync,
     /// From the end of a capture to its commit, likewise.
     pub commit_us: [u64; 2],
     /// Writing an epoch to the link, likewise.
@@ -234,6 +237,15 @@ pub struct Status {
     pub link_bytes_per_second: u64,
     /// Age of the oldest held output, microseconds; 0 with none.
     pub oldest_held_us: u64,
+}
+
+/// What finding and sending the blocks of the disks took that differ, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSync {
+    /// Whose content was compared: all, or what the dirty-region maps name.
+    pub compared: u64,
+    /// That travelled, either way.
+    pub moved: u64,
 }
 
 /// The parts of a pause in their order, microseconds.

@@ -2,13 +2,16 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use ax_wire::{Generation, PairId};
 use parking_lot::Mutex;
 
-use crate::meta::{Condition, Meta, MetaError};
+use crate::map::{Marks, Regions, Rotation, Span};
+use crate::meta::{Basis, Condition, Identity, Meta, MetaError};
 
 /// Why an image could not be opened. Nothing has been changed.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +61,12 @@ pub struct Image {
     path: PathBuf,
     size: u64,
     read_only: bool,
+    /// The image once more, opened apart: the kernel tells each opened file of a failed write-back once,
+    /// so that who settles the map hears of it though the guest's FLUSH has heard already.
+    apart: File,
+    /// Taken before `marks`, and held while the map is written.
     meta: Mutex<Meta>,
+    marks: Mutex<Marks>,
     /// Held while the image's content changes or is read for the other side, so that a bulk chunk
     /// and its place in the log are one step with respect to guest writes.
     pub(crate) order: Mutex<()>,
@@ -102,13 +110,17 @@ impl Image {
                 wanted: size,
             });
         }
-        let meta = Mutex::new(Meta::open(facts, pair, size, Condition::Consistent)?);
+        let apart = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(failed)?;
+        let identity = identity(&file).map_err(failed)?;
+        let (meta, marks) = Meta::open(facts, pair, size, Condition::Consistent, identity)?;
         Ok(Image {
             file,
             path: path.to_path_buf(),
             size,
             read_only,
-            meta,
+            apart,
+            meta: Mutex::new(meta),
+            marks: Mutex::new(marks),
             order: Mutex::new(()),
         })
     }
@@ -165,39 +177,145 @@ impl Image {
         self.file.read_exact_at(out, offset)
     }
 
+    /// The bits of these bytes are durable when it returns (rule 16: before the write).
+    fn before_write(&self, offset: u64, len: usize) -> io::Result<()> {
+        let run = span(offset, len).run();
+        if self.marks.lock().touch(&run) {
+            return Ok(());
+        }
+        let covered = self.meta.lock().cover(&self.marks, &run);
+        covered.map_err(io::Error::other)
+    }
+
+    fn change(&self, offset: u64, len: usize, act: impl Fn() -> io::Result<()>) -> io::Result<()> {
+        self.check(offset, len)?;
+        self.before_write(offset, len)?;
+        let order = self.order.lock();
+        let changed = act();
+        drop(order);
+        changed.inspect_err(|_| self.marks.lock().failed(&span(offset, len).run()))
+    }
+
     /// Sets the region bits durably, then writes at byte `offset`.
     ///
     /// # Errors
     /// Beyond the end, read-only, or the host's own.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.check(offset, data.len())?;
-        self.meta
-            .lock()
-            .before_write(offset, data.len() as u64)
-            .map_err(io::Error::other)?;
-        let _order = self.order.lock();
-        self.file.write_all_at(data, offset)
+        self.change(offset, data.len(), || self.file.write_all_at(data, offset))
+    }
+
+    /// As [`Self::write`], for the guest's own write, which is in hand until [`Self::settled`]: the image
+    /// has it and the stream has not. One at a time.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_in_hand(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.marks.lock().take_in_hand(span(offset, data.len()));
+        self.write(offset, data)
+    }
+
+    /// The guest's write in hand is in the stream. Never blocks.
+    pub fn settled(&self, offset: u64, len: usize) {
+        self.marks.lock().settled(span(offset, len));
+    }
+
+    /// Makes `len` bytes at `offset` zeros, without taking room for them where the host can do that.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
+        use nix::fcntl::{FallocateFlags, fallocate};
+        let bytes = usize::try_from(len).map_err(io::Error::other)?;
+        let at = i64::try_from(offset).map_err(io::Error::other)?;
+        let span = i64::try_from(len).map_err(io::Error::other)?;
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.change(offset, bytes, || {
+            match fallocate(&self.file, punch, at, span) {
+                Err(nix::errno::Errno::EOPNOTSUPP) => {
+                    let zeros = vec![0; bytes.min(1 << 20)];
+                    (offset..offset + len)
+                        .step_by(zeros.len().max(1))
+                        .try_for_each(|at| {
+                            let n = (offset + len - at).min(zeros.len() as u64) as usize;
+                            let zeros = zeros.get(..n).unwrap_or_default();
+                            self.file.write_all_at(zeros, at)
+                        })
+                }
+                punched => Ok(punched?),
+            }
+        })
     }
 
     /// Makes earlier writes durable.
     ///
     /// # Errors
-    /// The host's own.
+    /// The host's own. What has been lost is not known then: no bit is dropped any more.
     pub fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        let flushed = self.file.sync_data();
+        flushed.inspect_err(|_| self.marks.lock().doubt())
     }
 
-    /// Marks the image inconsistent, durably, then makes it all zeros: the start of a full resync.
+    /// As [`Self::flush`], for whoever drops bits after it.
     ///
     /// # Errors
-    /// The host's own; the image then stays inconsistent.
+    /// As [`Self::flush`].
+    pub(crate) fn flush_apart(&self) -> io::Result<()> {
+        let flushed = self.apart.sync_data();
+        flushed.inspect_err(|_| self.marks.lock().doubt())
+    }
+
+    /// What may differ from the other side, and the moment it is relative to; no rotation of the map that has
+    /// begun ends any more.
+    pub(crate) fn differing(&self) -> (Basis, Regions) {
+        let meta = self.meta.lock();
+        let mut marks = self.marks.lock();
+        marks.forget_rotation();
+        (meta.basis(), marks.dirty())
+    }
+
+    /// Regions that may differ from the other side's, if its map is relative to the same moment.
+    pub fn dirty(&self) -> Regions {
+        self.marks.lock().dirty()
+    }
+
+    /// True when a rotation of the map could drop bits.
+    pub(crate) fn worth_rotating(&self) -> bool {
+        !self.read_only && self.marks.lock().worth_rotating()
+    }
+
+    /// True when it has failed to become durable once.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        self.marks.lock().is_doubtful()
+    }
+
+    /// A rotation of the map begins: what is touched from here on stays when older bits are dropped.
+    pub(crate) fn begin_rotation(&self) -> Rotation {
+        self.marks.lock().begin_rotation()
+    }
+
+    /// Durably drops the bits of writes completed before `rotation` began, which are durable on both sides;
+    /// the rest is relative to `basis`. Returns how many; none when that rotation is over.
+    ///
+    /// # Errors
+    /// The file of the map could not be written; whatever it holds is right.
+    pub(crate) fn end_rotation(
+        &self,
+        rotation: Rotation,
+        basis: Basis,
+    ) -> Result<Option<u64>, MetaError> {
+        self.meta.lock().end_rotation(&self.marks, rotation, basis)
+    }
+
+    /// Marks the image inconsistent, durably: it is going to be overwritten in part.
+    ///
+    /// # Errors
+    /// The host's own; nothing may be overwritten then.
     pub fn begin_overwrite(&self) -> io::Result<()> {
-        self.meta
-            .lock()
-            .mark_inconsistent()
-            .map_err(io::Error::other)?;
-        self.file.set_len(0)?;
-        self.file.set_len(self.size)
+        let mut meta = self.meta.lock();
+        match meta.condition() {
+            Condition::Inconsistent => Ok(()),
+            Condition::Consistent => meta.mark_inconsistent().map_err(io::Error::other),
+        }
     }
 
     /// Makes the content durable, then the fact that it is whole as of `generation`.
@@ -229,6 +347,49 @@ impl Image {
         Ok(Some(
             start.max(0) as u64..(end.max(0) as u64).min(self.size),
         ))
+    }
+}
+
+fn span(offset: u64, len: usize) -> Span {
+    let len = len as u64;
+    Span { offset, len }
+}
+
+/// Which file it is. A file system that does not tell when a file was made says 0 always.
+fn identity(file: &File) -> io::Result<Identity> {
+    let facts = file.metadata()?;
+    let since = |time: io::Result<SystemTime>| {
+        let since = time.ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+        since.map_or(0, |d| d.as_nanos() as u64)
+    };
+    Ok(Identity {
+        inode: facts.ino(),
+        made: since(facts.created()),
+        changed: since(facts.modified()),
+    })
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Image {
+    /// Nothing writes the image any more: notes when its content was last changed, so that whoever changes
+    /// it before it is opened again is found out. Only logged when it fails: then nobody is.
+    pub fn close(&self) {
+        let closed = identity(&self.file)
+            .map_err(|e| e.to_string())
+            .and_then(|is| {
+                self.meta
+                    .lock()
+                    .close(is.changed)
+                    .map_err(|e| e.to_string())
+            });
+        if let Err(error) = closed {
+            tracing::debug!(path = %self.path.display(), %error, "closing a disk image");
+        }
     }
 }
 
@@ -285,7 +446,7 @@ pub(crate) mod tests {
         image.require_consistent().unwrap();
         let mut sector = [1; 512];
         image.read(0, &mut sector).unwrap();
-        assert_eq!(sector, [0; 512]);
+        assert_eq!(sector, [7; 512], "nothing is overwritten that need not be");
     }
 
     #[test]
@@ -297,9 +458,8 @@ pub(crate) mod tests {
         assert!(image.write(u64::MAX, &[1; 1]).is_err());
         drop(image);
         let image = reopen(dir.path(), "a").unwrap();
-        assert_eq!(
-            image.meta().lock().dirty_regions().collect::<Vec<_>>(),
-            [0, 1]
-        );
+        let mut dirty = image.dirty();
+        assert_eq!(dirty.take_run(0, 9), Some(0..2));
+        assert!(dirty.is_empty());
     }
 }

@@ -7,16 +7,21 @@
 //! with it. The shadow's [`replica::Replica`] holds an epoch's writes until that epoch has
 //! committed, then applies them in the guest's order with its FLUSH barriers, so that every prefix
 //! is crash-consistent. A new shadow is filled by [`sync::SyncCursor`] through the same log, so
-//! that bulk and guest writes can never overtake each other.
+//! that bulk and guest writes can never overtake each other: it sends the blocks that differ, of the
+//! regions that the two sides' maps name. [`rotate`] keeps those maps short while both are in sync.
 
+mod apply;
 pub mod image;
 pub mod log;
+pub mod map;
 pub mod meta;
 pub mod replica;
+pub mod rotate;
+pub mod sums;
 pub mod sync;
 
 pub use image::{Image, OpenError};
 pub use log::WriteLog;
 pub use meta::{Condition, Meta};
 pub use replica::Replica;
-pub use sync::SyncCursor;
+pub use sync::{Stepped, SyncCursor, SyncProgress};

@@ -26,6 +26,10 @@ struct Inner {
     tickets: u64,
     /// Last epoch durable on the shadow's disks.
     durable: EpochId,
+    /// The rotation of the maps that waits for the shadow: the epoch that carries its mark, once sealed.
+    mark: Option<Option<EpochId>>,
+    /// Counts the starts of recording, so that a mark of an earlier one is not waited for.
+    stint: u64,
 }
 
 impl Inner {
@@ -40,12 +44,18 @@ impl Inner {
         for awaited in &mut self.awaited {
             awaited.epoch.get_or_insert(epoch);
         }
+        if let Some(mark) = &mut self.mark {
+            mark.get_or_insert(epoch);
+        }
     }
 
     fn fits(&self, bytes: usize) -> bool {
         self.open.len() + self.reserved + bytes <= self.budget
     }
 }
+
+/// How long a rotation of the maps waits before it looks whether it should still.
+const MARK_PATIENCE: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// Collects the write payloads of all disks of one VM, in the order of their completion.
 ///
@@ -83,6 +93,8 @@ impl WriteLog {
                 awaited: Vec::new(),
                 tickets: 0,
                 durable: EpochId(0),
+                mark: None,
+                stint: 0,
             }),
             room: Condvar::new(),
             pressed: Box::new(pressed),
@@ -98,6 +110,7 @@ impl WriteLog {
         inner.recording = on;
         inner.mirrored |= on;
         inner.open.clear();
+        (inner.mark, inner.stint) = (None, inner.stint + 1);
         self.room.notify_all();
     }
 
@@ -206,9 +219,60 @@ impl WriteLog {
     pub fn durable_on_shadow(&self, epoch: EpochId) {
         let mut inner = self.inner.lock();
         inner.durable = inner.durable.max(epoch);
-        if !inner.awaited.is_empty() {
+        if !inner.awaited.is_empty() || inner.mark.is_some() {
             self.room.notify_all();
         }
+    }
+
+    /// Puts the mark of a beginning rotation of the maps in the log and waits until the shadow has made
+    /// durable whatever was recorded before it: the epoch that carries it. None when recording has
+    /// stopped, `go_on` says no, or the mark goes with an initial copy, which ends durable anyway but
+    /// has no epoch. Never waits in a way that a guest write notices.
+    pub(crate) fn mark_and_wait(&self, go_on: impl Fn() -> bool) -> Option<EpochId> {
+        let mut inner = self.inner.lock();
+        let stint = inner.stint;
+        let on = |inner: &Inner| inner.recording && inner.stint == stint && go_on();
+        let begins = Record {
+            kind: RecordKind::DiskMark,
+            unit: 0,
+            at: 0,
+            payload: &[],
+        };
+        while on(&inner) {
+            if inner.fits(record_size(0)) && push(&mut inner.open, begins) {
+                inner.mark = Some(None);
+                break;
+            }
+            self.room.wait_for(&mut inner, MARK_PATIENCE);
+        }
+        while on(&inner) {
+            match inner.mark? {
+                Some(EpochId(0)) => break,
+                Some(epoch) if epoch <= inner.durable => {
+                    inner.mark = None;
+                    return Some(epoch);
+                }
+                _ => self.room.wait_for(&mut inner, MARK_PATIENCE),
+            };
+        }
+        if inner.stint == stint {
+            inner.mark = None;
+        }
+        None
+    }
+
+    /// Puts the end of the rotation that began in `epoch` in the log: from now on the maps are relative
+    /// to `basis`. Not worth waiting for room: false then, and the shadow keeps its bits.
+    pub(crate) fn mark_end(&self, epoch: EpochId, basis: [u8; 16]) -> bool {
+        let mut inner = self.inner.lock();
+        let ends = Record {
+            kind: RecordKind::DiskMark,
+            unit: 0,
+            at: epoch.0,
+            payload: &basis,
+        };
+        let room = inner.recording && inner.fits(record_size(basis.len()));
+        room && push(&mut inner.open, ends)
     }
 
     /// No FLUSH waits for a shadow any more, until recording starts again. Only when the arbiter's
@@ -230,6 +294,22 @@ impl WriteLog {
                     unit,
                     at,
                     payload: data,
+                },
+            )
+    }
+
+    /// As [`Self::bulk`], `len` zeros.
+    #[must_use]
+    pub(crate) fn bulk_zeros(&self, unit: u8, at: u64, len: u64) -> bool {
+        let mut inner = self.inner.lock();
+        inner.fits(record_size(size_of::<u64>()))
+            && push(
+                &mut inner.open,
+                Record {
+                    kind: RecordKind::DiskZero,
+                    unit,
+                    at,
+                    payload: &len.to_le_bytes(),
                 },
             )
     }

@@ -1,8 +1,15 @@
 //! What is durably known of an image: its condition, its generation, its dirty regions.
 //!
 //! One small file beside the state of its VM: two header slots written in turn (a torn one leaves the
-//! other), then pages of the dirty-region map, each with its own CRC32. A map page that is
-//! missing or torn reads as "everything dirty" (rule 16).
+//! other), then pages of the dirty-region map, each with its own CRC32 and the basis it is relative
+//! to. A page that is missing, torn or of another basis than the header's reads as "everything dirty"
+//! (rule 16), and so does the whole map of an image that is not the file the map was made for.
+//!
+//! **Basis.** A map alone says nothing: two maps tell what may differ between two images only when both
+//! are relative to one moment at which the images were equal and durable. That moment has a name drawn at
+//! random, the [`Basis`], and both files must hold the same one. It is set together with the bits that
+//! are left: pages first, then the header. A crash between leaves pages of another basis than the
+//! header's: everything is dirty.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -10,15 +17,19 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use ax_wire::{Generation, PairId};
+use parking_lot::Mutex;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// Bytes of image that one bit of the map stands for.
-pub const REGION: u64 = 1 << 20;
+use crate::map::{Marks, Regions, Rotation};
+
+pub use ax_wire::resync::REGION;
 
 const PAGE: usize = 4096;
-const MAGIC: [u8; 8] = *b"AXDISK01";
+const MAGIC: [u8; 8] = *b"AXDISK02";
+/// Before maps had a basis.
+const MAGIC_1: [u8; 8] = *b"AXDISK01";
 const MAP_START: u64 = 2 * PAGE as u64;
-const BITS_PER_PAGE: usize = (PAGE - 8) * 8;
+const WORDS_PER_PAGE: usize = (PAGE - 24) / 8;
 
 /// Whether an image may be started from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +40,61 @@ pub enum Condition {
     Inconsistent,
 }
 
+/// The moment a map is relative to: both images were equal then, and durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Basis(pub [u8; 16]);
+
+impl Basis {
+    /// Relative to nothing: every region may differ.
+    pub const NONE: Basis = Basis([0; 16]);
+
+    /// A new one.
+    ///
+    /// # Errors
+    /// The host gives no random bytes.
+    pub fn random() -> io::Result<Basis> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+        Ok(Basis(bytes))
+    }
+
+    /// True when maps relative to `self` and to `other` tell together what may differ.
+    pub fn matches(self, other: Basis) -> bool {
+        self == other && self != Basis::NONE
+    }
+}
+
+/// Which file an image is, and what it was like when it was last closed in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// Inode number.
+    pub inode: u64,
+    /// When the file was made, nanoseconds since 1970; 0 where the file system does not say.
+    pub made: u64,
+    /// When its content was last changed, nanoseconds since 1970.
+    pub changed: u64,
+}
+
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 struct Header {
+    magic: [u8; 8],
+    pair: [u8; 16],
+    sequence: u64,
+    size: u64,
+    generation: u64,
+    basis: [u8; 16],
+    inode: u64,
+    made: u64,
+    /// [`Identity::changed`] when it was closed in order; 0 while it is open, and after a crash.
+    closed: u64,
+    inconsistent: u32,
+    crc: u32,
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Header1 {
     magic: [u8; 8],
     pair: [u8; 16],
     sequence: u64,
@@ -41,10 +104,25 @@ struct Header {
     crc: u32,
 }
 
-impl Header {
-    fn sum(&self) -> u32 {
-        let bytes = self.as_bytes();
-        crc32fast::hash(&bytes[..bytes.len() - 4])
+fn sum(header: &[u8]) -> u32 {
+    crc32fast::hash(header.get(..header.len() - 4).unwrap_or_default())
+}
+
+impl From<Header1> for Header {
+    fn from(old: Header1) -> Header {
+        Header {
+            magic: MAGIC_1,
+            pair: old.pair,
+            sequence: old.sequence,
+            size: old.size,
+            generation: old.generation,
+            basis: Basis::NONE.0,
+            inode: 0,
+            made: 0,
+            closed: 0,
+            inconsistent: old.inconsistent,
+            crc: 0,
+        }
     }
 }
 
@@ -53,7 +131,14 @@ impl Header {
 struct MapPage {
     crc: u32,
     number: u32,
-    bits: [u8; PAGE - 8],
+    basis: [u8; 16],
+    words: [u64; WORDS_PER_PAGE],
+}
+
+impl MapPage {
+    fn sum(&self) -> u32 {
+        crc32fast::hash(self.as_bytes().get(4..).unwrap_or_default())
+    }
 }
 
 /// Why the durable facts of an image could not be read or written.
@@ -94,7 +179,6 @@ pub struct Meta {
     file: File,
     path: PathBuf,
     header: Header,
-    pages: Vec<MapPage>,
 }
 
 impl std::fmt::Debug for Header {
@@ -113,19 +197,19 @@ impl std::fmt::Debug for Header {
     }
 }
 
-impl std::fmt::Debug for MapPage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "MapPage({})", self.number)
-    }
-}
-
 impl Meta {
-    /// Opens the facts of the image of `size` bytes, or starts them: a fresh file has condition
-    /// `fresh`, generation 0 and a clean map.
+    /// Opens the facts of the image of `size` bytes that is `image`, or starts them: a fresh file has
+    /// condition `fresh`, generation 0 and a map relative to nothing. Returns the map as well.
     ///
     /// # Errors
-    /// [`MetaError`]; nothing is changed.
-    pub fn open(path: &Path, pair: PairId, size: u64, fresh: Condition) -> Result<Meta, MetaError> {
+    /// [`MetaError`]; no fact is changed.
+    pub(crate) fn open(
+        path: &Path,
+        pair: PairId,
+        size: u64,
+        fresh: Condition,
+        image: Identity,
+    ) -> Result<(Meta, Marks), MetaError> {
         let failed = |doing| {
             let path = path.to_path_buf();
             move |source| MetaError::Io {
@@ -141,70 +225,95 @@ impl Meta {
             .truncate(false)
             .open(path)
             .map_err(failed("open"))?;
-        let regions = size.div_ceil(REGION) as usize;
-        let count = regions.div_ceil(BITS_PER_PAGE);
-        let blank = |number: usize| {
-            let mut page = MapPage::new_zeroed();
-            page.number = number as u32;
-            page
-        };
-        if file.metadata().map_err(failed("look at"))?.len() == 0 {
-            let header = Header {
+        let count = Regions::of_size(size);
+        let new = file.metadata().map_err(failed("look at"))?.len() == 0;
+        let header = if new {
+            Header {
                 magic: MAGIC,
                 pair: pair.0,
                 sequence: 0,
                 size,
                 generation: 0,
+                basis: Basis::NONE.0,
+                inode: image.inode,
+                made: image.made,
+                closed: 0,
                 inconsistent: u32::from(fresh == Condition::Inconsistent),
                 crc: 0,
-            };
-            let mut meta = Meta {
-                file,
-                path: path.to_path_buf(),
-                header,
-                pages: (0..count).map(blank).collect(),
-            };
-            for number in 0..count {
-                meta.write_page(number)?;
             }
-            meta.write_header()?;
-            return Ok(meta);
-        }
-        let header = Self::read_header(&file, path)?;
+        } else {
+            Self::read_header(&file, path)?
+        };
         if header.pair != pair.0 || header.size != size {
             return Err(MetaError::Foreign {
                 path: path.to_path_buf(),
                 found: format!("pair {}, {} bytes", PairId(header.pair), header.size),
             });
         }
-        let pages = (0..count)
-            .map(|number| {
-                let mut page = blank(number);
-                let at = MAP_START + (number * PAGE) as u64;
-                let whole = file.read_exact_at(page.as_mut_bytes(), at).is_ok()
-                    && page.number == number as u32
-                    && page.crc == crc32fast::hash(&page.as_bytes()[4..]);
-                if !whole {
-                    page.bits = [0xff; PAGE - 8];
-                    page.number = number as u32;
-                }
-                page
-            })
-            .collect();
-        Ok(Meta {
-            file,
-            path: path.to_path_buf(),
-            header,
-            pages,
-        })
+        let path = path.to_path_buf();
+        let mut meta = Meta { file, path, header };
+        if new {
+            let none = Regions::none(count);
+            meta.write_pages(&none)?;
+            meta.sync()?;
+            meta.write_header()?;
+            return Ok((meta, Marks::new(none)));
+        }
+        let known = header.magic == MAGIC
+            && (header.inode, header.made) == (image.inode, image.made)
+            && (header.closed == 0 || header.closed == image.changed);
+        if !known {
+            return meta.relative_to_nothing(count, image);
+        }
+        if header.closed != 0 {
+            // From here on the image changes, and a crash can't say when it did last.
+            meta.header.closed = 0;
+            meta.write_header()?;
+        }
+        let map = meta.read_pages(count);
+        Ok((meta, Marks::new(map)))
+    }
+
+    /// The image is not, or is not known to be, the one the map was made for: somebody has replaced or
+    /// changed it, or the file is of a format before maps had a basis. Both slots are written, so that
+    /// no build that knows the older format only takes an old one for the latest.
+    fn relative_to_nothing(
+        mut self,
+        count: u64,
+        image: Identity,
+    ) -> Result<(Meta, Marks), MetaError> {
+        tracing::info!(path = %self.path.display(),
+            "this disk's dirty-region map does not tell of this image: the next resync compares all of it");
+        self.header = Header {
+            magic: MAGIC,
+            basis: Basis::NONE.0,
+            inode: image.inode,
+            made: image.made,
+            closed: 0,
+            ..self.header
+        };
+        self.write_header()?;
+        let all = Regions::all(count);
+        self.write_pages(&all)?;
+        self.write_header()?;
+        Ok((self, Marks::new(all)))
     }
 
     fn read_header(file: &File, path: &Path) -> Result<Header, MetaError> {
-        let slot = |n: u64| {
-            let mut header = Header::new_zeroed();
+        fn read<T: FromBytes + IntoBytes>(file: &File, n: u64) -> Option<T> {
+            let mut header = T::new_zeroed();
             file.read_exact_at(header.as_mut_bytes(), n * PAGE as u64)
                 .ok()?;
-            (header.magic == MAGIC && header.crc == header.sum()).then_some(header)
+            Some(header)
+        }
+        let slot = |n| {
+            let new = read::<Header>(file, n).filter(|h| h.magic == MAGIC);
+            let new = new.filter(|h| h.crc == sum(h.as_bytes()));
+            let old = || read::<Header1>(file, n).filter(|h| h.magic == MAGIC_1);
+            new.or_else(|| {
+                let old = old().filter(|h| h.crc == sum(h.as_bytes()));
+                old.map(Header::from)
+            })
         };
         [slot(0), slot(1)]
             .into_iter()
@@ -224,24 +333,51 @@ impl Meta {
         }
     }
 
+    fn sync(&self) -> Result<(), MetaError> {
+        self.file.sync_data().map_err(self.failed("make durable"))
+    }
+
     fn write_header(&mut self) -> Result<(), MetaError> {
         self.header.sequence += 1;
-        self.header.crc = self.header.sum();
+        self.header.crc = sum(self.header.as_bytes());
         let at = (self.header.sequence % 2) * PAGE as u64;
         self.file
             .write_all_at(self.header.as_bytes(), at)
             .map_err(self.failed("write"))?;
-        self.file.sync_data().map_err(self.failed("make durable"))
+        self.sync()
     }
 
-    fn write_page(&mut self, number: usize) -> Result<(), MetaError> {
-        let Some(page) = self.pages.get_mut(number) else {
-            return Ok(());
-        };
-        page.crc = crc32fast::hash(&page.as_bytes()[4..]);
+    fn read_pages(&self, count: u64) -> Regions {
+        let mut map = Regions::none(count);
+        let words = map.words().len();
+        for (number, first) in (0..words).step_by(WORDS_PER_PAGE).enumerate() {
+            let mut page = MapPage::new_zeroed();
+            let at = MAP_START + (number * PAGE) as u64;
+            let whole = self.file.read_exact_at(page.as_mut_bytes(), at).is_ok()
+                && page.number == number as u32
+                && page.crc == page.sum()
+                && page.basis == self.header.basis;
+            for (bits, word) in page.words.iter().zip(first..words) {
+                map.set_word(word, if whole { *bits } else { u64::MAX });
+            }
+        }
+        map
+    }
+
+    fn write_page(&self, number: usize, bits: &Regions) -> Result<(), MetaError> {
+        let mut page = MapPage::new_zeroed();
+        (page.number, page.basis) = (number as u32, self.header.basis);
+        let words = bits.words().iter().skip(number * WORDS_PER_PAGE);
+        page.words.iter_mut().zip(words).for_each(|(p, w)| *p = *w);
+        page.crc = page.sum();
         let at = MAP_START + (number * PAGE) as u64;
         let written = self.file.write_all_at(page.as_bytes(), at);
         written.map_err(self.failed("write"))
+    }
+
+    fn write_pages(&self, bits: &Regions) -> Result<(), MetaError> {
+        let pages = bits.words().len().div_ceil(WORDS_PER_PAGE);
+        (0..pages).try_for_each(|number| self.write_page(number, bits))
     }
 
     /// Whether the image may be started from.
@@ -256,6 +392,11 @@ impl Meta {
     /// Generation under which the image was last written beside (rule 18).
     pub fn generation(&self) -> Generation {
         Generation(self.header.generation)
+    }
+
+    /// What the map is relative to.
+    pub fn basis(&self) -> Basis {
+        Basis(self.header.basis)
     }
 
     /// Durably states that the image is about to be overwritten (before the first byte).
@@ -277,109 +418,63 @@ impl Meta {
         self.write_header()
     }
 
-    /// Makes the bits of `len` bytes at `offset` durable; free when they are set already.
-    ///
-    /// Rule 16: must have returned before the write touches the image.
-    pub fn before_write(&mut self, offset: u64, len: u64) -> Result<(), MetaError> {
-        let mut changed = false;
-        let end = (offset + len).div_ceil(REGION);
-        for region in offset / REGION..end {
-            let (number, bit) = (
-                region as usize / BITS_PER_PAGE,
-                region as usize % BITS_PER_PAGE,
-            );
-            let Some(page) = self.pages.get_mut(number) else {
-                continue;
-            };
-            let mask = 1 << (bit % 8);
-            if page.bits[bit / 8] & mask == 0 {
-                page.bits[bit / 8] |= mask;
-                self.write_page(number)?;
-                changed = true;
-            }
+    /// The image is closed in order; whoever changes it before it is opened again is found out by the
+    /// time of its last change. Not durable before the image is: then the next resync compares all.
+    pub(crate) fn close(&mut self, changed: u64) -> Result<(), MetaError> {
+        if self.header.closed == changed {
+            return Ok(());
         }
-        if changed {
-            self.file.sync_data().map_err(self.failed("make durable"))?;
+        self.header.closed = changed;
+        self.write_header()
+    }
+
+    /// Makes the bits of `run` durable (rule 16: returns before the write touches the image). What was
+    /// not durable when it failed is not counted as such: the next write tries again.
+    pub(crate) fn cover(
+        &mut self,
+        marks: &Mutex<Marks>,
+        run: &std::ops::Range<u64>,
+    ) -> Result<(), MetaError> {
+        // Nothing is dropped meanwhile: that takes this file, too.
+        let locked = marks.lock();
+        let (run, mut bits) = (&locked.ahead(run), locked.set().clone());
+        drop(locked);
+        bits.insert(run.clone());
+        let page = |region: u64| (region / 64) as usize / WORDS_PER_PAGE;
+        for number in page(run.start)..=page(run.end.saturating_sub(1).max(run.start)) {
+            self.write_page(number, &bits)?;
         }
+        self.sync()?;
+        marks.lock().covered(run);
         Ok(())
     }
 
-    /// Regions whose content may differ from the other side's.
-    pub fn dirty_regions(&self) -> impl Iterator<Item = u64> + '_ {
-        let regions = self.header.size.div_ceil(REGION);
-        (0..regions).filter(|region| {
-            let (number, bit) = (
-                *region as usize / BITS_PER_PAGE,
-                *region as usize % BITS_PER_PAGE,
-            );
-            self.pages
-                .get(number)
-                .is_none_or(|p| p.bits[bit / 8] & (1 << (bit % 8)) != 0)
-        })
+    /// Every write completed before `rotation` began is durable on both sides: durably drops the older bits
+    /// and makes the rest relative to `basis`. Returns how many were dropped; none, with nothing changed,
+    /// when that rotation is over.
+    ///
+    /// # Errors
+    /// The file then holds the former map, the new one, or pages of both: each is right.
+    pub(crate) fn end_rotation(
+        &mut self,
+        marks: &Mutex<Marks>,
+        rotation: Rotation,
+        basis: Basis,
+    ) -> Result<Option<u64>, MetaError> {
+        let mut locked = marks.lock();
+        let Some(dropped) = locked.end_rotation(rotation) else {
+            return Ok(None);
+        };
+        let left = locked.set().clone();
+        drop(locked);
+        // From here on pages are written for the new basis, also by a write that comes after a failure.
+        self.header.basis = basis.0;
+        self.write_pages(&left)?;
+        self.sync()?;
+        self.write_header()?;
+        Ok(Some(dropped))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PAIR: PairId = PairId([3; 16]);
-    const SIZE: u64 = 100 * REGION;
-
-    fn reopen(path: &Path) -> Result<Meta, MetaError> {
-        Meta::open(path, PAIR, SIZE, Condition::Consistent)
-    }
-
-    #[test]
-    fn facts_survive_a_restart() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk0.meta");
-        let mut meta = reopen(&path).unwrap();
-        assert_eq!(meta.dirty_regions().count(), 0);
-        meta.before_write(3 * REGION + 5, 2 * REGION).unwrap();
-        meta.mark_inconsistent().unwrap();
-        meta.set_generation(Generation(9)).unwrap();
-        drop(meta);
-        let meta = reopen(&path).unwrap();
-        assert_eq!(meta.condition(), Condition::Inconsistent);
-        assert_eq!(meta.generation(), Generation(9));
-        assert_eq!(meta.dirty_regions().collect::<Vec<_>>(), [3, 4, 5]);
-    }
-
-    #[test]
-    fn a_torn_header_leaves_the_one_before() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk0.meta");
-        let mut meta = reopen(&path).unwrap();
-        meta.set_generation(Generation(4)).unwrap();
-        meta.set_generation(Generation(5)).unwrap();
-        let slot = (meta.header.sequence % 2) * PAGE as u64;
-        meta.file.write_all_at(&[0xee; 20], slot + 8).unwrap();
-        drop(meta);
-        assert_eq!(reopen(&path).unwrap().generation(), Generation(4));
-    }
-
-    #[test]
-    fn a_torn_map_means_everything_is_dirty() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk0.meta");
-        let meta = reopen(&path).unwrap();
-        meta.file.write_all_at(&[1; 7], MAP_START + 100).unwrap();
-        drop(meta);
-        assert_eq!(
-            reopen(&path).unwrap().dirty_regions().count() as u64,
-            SIZE / REGION
-        );
-    }
-
-    #[test]
-    fn another_disks_facts_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk0.meta");
-        drop(reopen(&path).unwrap());
-        let other = Meta::open(&path, PAIR, SIZE + REGION, Condition::Consistent);
-        assert!(matches!(other, Err(MetaError::Foreign { .. })));
-        std::fs::write(&path, [1; 9000]).unwrap();
-        assert!(matches!(reopen(&path), Err(MetaError::Damaged { .. })));
-    }
-}
+mod tests;

@@ -5,41 +5,16 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use ax_wire::records::{FLUSH_AWAITED, RecordError, RecordKind, Records};
+use ax_wire::resync::Ask;
 use ax_wire::{EpochId, Generation};
 use parking_lot::{Condvar, Mutex};
 
+use crate::apply::{Chore, apply, each};
 use crate::image::Image;
+use crate::map::Rotation;
+use crate::sums;
 
-/// Why records could not be applied.
-#[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
-    /// The peer sent something that is no disk record of this VM.
-    #[error("disk records of the peer: {0}")]
-    Record(#[from] RecordError),
-    /// A disk that this VM does not have, or a kind that is none of disks.
-    #[error("the peer sent a {kind:?} record for disk {unit}; this VM has {disks} disks")]
-    NotADisk {
-        /// Kind of the record.
-        kind: RecordKind,
-        /// Disk it names.
-        unit: u8,
-        /// Disks there are.
-        disks: usize,
-    },
-    /// This host's image failed.
-    #[error("disk image {path}: {source}", path = path.display())]
-    Image {
-        /// The image.
-        path: std::path::PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The applying thread could not be started.
-    #[error("start the thread that applies disk writes: {0}")]
-    Thread(#[source] io::Error),
-}
+pub use crate::apply::ApplyError;
 
 struct Work {
     queue: VecDeque<(EpochId, Vec<u8>)>,
@@ -49,7 +24,12 @@ struct Work {
     busy: bool,
     failed: Option<Arc<ApplyError>>,
     ending: bool,
+    /// What the settling thread is to do.
+    chores: VecDeque<Chore>,
 }
+
+/// Chores that may wait: a primary has one rotation at a time.
+const CHORES: usize = 4;
 
 struct Shared {
     disks: Vec<Arc<Image>>,
@@ -64,68 +44,13 @@ struct Shared {
 /// All disks of one VM on the shadow's side.
 pub struct Replica {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Replica {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Replica({} disks)", self.shared.disks.len())
     }
-}
-
-/// What applying records has come to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Applied {
-    /// They ended durable: the last record was a FLUSH, or one was awaited.
-    durable: bool,
-    /// The primary waits for a FLUSH among them.
-    awaited: bool,
-}
-
-/// Applies one epoch's records in order.
-fn apply(disks: &[Arc<Image>], records: &[u8]) -> Result<Applied, ApplyError> {
-    let mut applied = Applied::default();
-    for record in Records::new(records) {
-        let record = record?;
-        let disk = disks.get(usize::from(record.unit));
-        let unknown = ApplyError::NotADisk {
-            kind: record.kind,
-            unit: record.unit,
-            disks: disks.len(),
-        };
-        let Some(disk) = disk else {
-            return Err(unknown);
-        };
-        let failed = |source| ApplyError::Image {
-            path: disk.path().to_path_buf(),
-            source,
-        };
-        match record.kind {
-            RecordKind::DiskWrite => disk.write(record.at, record.payload).map_err(failed)?,
-            RecordKind::DiskFlush => disk.flush().map_err(failed)?,
-            _ => return Err(unknown),
-        }
-        applied.durable = record.kind == RecordKind::DiskFlush;
-        applied.awaited |= applied.durable && record.at == FLUSH_AWAITED;
-    }
-    if applied.awaited {
-        // Durable is told by epoch: other disks' writes and what came after the FLUSH are in it too.
-        each(disks, Image::flush)?;
-        applied.durable = true;
-    }
-    Ok(applied)
-}
-
-fn each(disks: &[Arc<Image>], act: impl Fn(&Image) -> io::Result<()>) -> Result<(), ApplyError> {
-    disks
-        .iter()
-        .filter(|d| !d.read_only())
-        .try_for_each(|disk| {
-            act(disk).map_err(|source| ApplyError::Image {
-                path: disk.path().to_path_buf(),
-                source,
-            })
-        })
 }
 
 fn run(shared: &Shared) {
@@ -140,16 +65,18 @@ fn run(shared: &Shared) {
         };
         work.busy = true;
         drop(work);
-        let result = apply(&shared.disks, &records);
+        let result = apply(&shared.disks, Some(epoch), &records);
         work = shared.work.lock();
         work.busy = false;
         match result {
             Ok(applied) => {
                 work.applied = epoch;
                 if applied.durable {
-                    work.durable = epoch;
+                    work.durable = work.durable.max(epoch);
                 }
                 work.spare.push(records);
+                let room = CHORES.saturating_sub(work.chores.len());
+                work.chores.extend(applied.chores.into_iter().take(room));
                 if let (true, Some(tell)) = (applied.awaited, shared.on_durable.get()) {
                     drop(work);
                     tell(epoch);
@@ -158,13 +85,69 @@ fn run(shared: &Shared) {
             }
             Err(error) => {
                 tracing::error!(%error, "applying an epoch's disk writes");
-                work.failed = Some(Arc::new(error));
-                work.queue.clear();
+                work.fail(error);
                 shared.changed.notify_all();
                 return;
             }
         }
         shared.changed.notify_all();
+    }
+}
+
+impl Work {
+    fn fail(&mut self, error: ApplyError) {
+        self.failed = Some(Arc::new(error));
+        self.queue.clear();
+    }
+}
+
+/// The settling thread: what rotating the maps takes besides applying, which must not wait for it.
+fn settle(shared: &Shared) {
+    let mut begun: Option<(EpochId, Vec<Rotation>)> = None;
+    let mut work = shared.work.lock();
+    while !work.ending && work.failed.is_none() {
+        let Some(chore) = work.chores.pop_front() else {
+            shared.changed.wait(&mut work);
+            continue;
+        };
+        drop(work);
+        let done = match chore {
+            Chore::Settle(epoch, rotations) => {
+                begun = Some((epoch, rotations));
+                each(&shared.disks, Image::flush_apart).map(|()| Some(epoch))
+            }
+            Chore::Drop(epoch, basis) => match begun.take() {
+                Some((began, rotations)) if began == epoch => {
+                    let mut pairs = shared.disks.iter().zip(rotations);
+                    let writable = |disk: &Image| !disk.read_only();
+                    pairs
+                        .try_for_each(|(disk, rotation)| match writable(disk) {
+                            true => disk.end_rotation(rotation, basis).map(drop),
+                            false => Ok(()),
+                        })
+                        .map(|()| None)
+                        .map_err(ApplyError::from)
+                }
+                _ => Ok(None),
+            },
+        };
+        work = shared.work.lock();
+        match done {
+            Ok(None) => {}
+            Ok(Some(epoch)) => {
+                work.durable = work.durable.max(epoch);
+                if let Some(tell) = shared.on_durable.get() {
+                    drop(work);
+                    tell(epoch);
+                    work = shared.work.lock();
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "making an epoch's disk writes durable");
+                work.fail(error);
+                shared.changed.notify_all();
+            }
+        }
     }
 }
 
@@ -182,6 +165,7 @@ impl Replica {
             busy: false,
             failed: None,
             ending: false,
+            chores: VecDeque::with_capacity(CHORES),
         };
         let shared = Arc::new(Shared {
             disks,
@@ -190,31 +174,47 @@ impl Replica {
             backlog,
             on_durable: OnceLock::new(),
         });
-        let thread = std::thread::Builder::new()
-            .name("disk-replica".into())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || run(&shared)
-            })
-            .map_err(ApplyError::Thread)?;
-        Ok(Replica {
-            shared,
-            thread: Some(thread),
-        })
+        let mut replica = Replica {
+            shared: Arc::clone(&shared),
+            threads: Vec::with_capacity(2),
+        };
+        let applying = ("disk-replica", run as fn(&Shared));
+        let settling = ("disk-settle", settle as fn(&Shared));
+        for (name, work) in [applying, settling] {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new()
+                .name(name.into())
+                .spawn(move || work(&shared))
+                .map_err(ApplyError::Thread)?;
+            replica.threads.push(thread);
+        }
+        Ok(replica)
     }
 
-    /// Sets who is told, by the applying thread, of each durable epoch with a FLUSH that the primary
-    /// waits for. Set once.
+    /// Sets who is told, by their own threads, of each durable epoch with a FLUSH that the primary waits
+    /// for or a beginning rotation of the maps. Set once.
     pub fn on_durable(&self, tell: impl Fn(EpochId) + Send + Sync + 'static) {
         let _ = self.shared.on_durable.set(Box::new(tell));
     }
 
-    /// Starts a full resync: every image is durably inconsistent and then all zeros.
+    /// Starts a resync: every image is durably inconsistent until [`Self::mark_in_sync`].
     ///
     /// # Errors
     /// An image failed.
-    pub fn begin_full_sync(&self) -> Result<(), ApplyError> {
+    pub fn begin_sync(&self) -> Result<(), ApplyError> {
         self.each(|disk| disk.begin_overwrite())
+    }
+
+    /// Answers what the primary asks to find the blocks that differ; `out` is replaced by the payload.
+    /// False, with nothing in it, when it asks for what these disks do not have.
+    ///
+    /// # Errors
+    /// An image could not be read.
+    pub fn answer(&self, ask: &Ask, out: &mut Vec<u8>) -> Result<bool, ApplyError> {
+        sums::answer(&self.shared.disks, ask, out).map_err(|source| ApplyError::Image {
+            path: "(for a resync)".into(),
+            source,
+        })
     }
 
     /// Applies bulk records of the initial sync at once (before the first epoch).
@@ -222,7 +222,7 @@ impl Replica {
     /// # Errors
     /// A record is not one of this VM's disks, or an image failed.
     pub fn bulk(&self, records: &[u8]) -> Result<(), ApplyError> {
-        apply(&self.shared.disks, records).map(drop)
+        apply(&self.shared.disks, None, records).map(drop)
     }
 
     /// The first epoch is whole and every image with it: makes that durable.
@@ -306,7 +306,7 @@ impl Replica {
         self.each(|disk| disk.make_durable(generation))
     }
 
-    /// The images, for whoever runs the guest now. The applying thread has ended.
+    /// The images, for whoever runs the guest now. The threads have ended.
     ///
     /// # Errors
     /// An epoch could not be applied.
@@ -319,7 +319,7 @@ impl Replica {
     fn end(&mut self) {
         self.shared.work.lock().ending = true;
         self.shared.changed.notify_all();
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
@@ -336,7 +336,7 @@ mod tests {
     use super::*;
     use crate::image::tests::{fresh, reopen};
     use crate::meta::Condition;
-    use ax_wire::records::{Record, push};
+    use ax_wire::records::{FLUSH_AWAITED, Record, RecordKind, push};
 
     fn write(unit: u8, at: u64, byte: u8) -> Vec<u8> {
         let mut buf = Vec::with_capacity(4096);
@@ -420,7 +420,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let image = Arc::new(fresh(dir.path(), "a"));
         let replica = Replica::new(vec![Arc::clone(&image)], 2).unwrap();
-        replica.begin_full_sync().unwrap();
+        replica.begin_sync().unwrap();
         assert_eq!(image.meta().lock().condition(), Condition::Inconsistent);
         replica.bulk(&write(0, 0, 1)).unwrap();
         replica.mark_in_sync(Generation(3)).unwrap();
@@ -448,5 +448,35 @@ mod tests {
             .unwrap();
         assert!(replica.promote(Generation(2)).is_err());
         assert!(replica.committed(EpochId(2), &mut write(0, 0, 1)).is_err());
+    }
+
+    #[test]
+    fn the_flush_of_one_disk_makes_no_epoch_durable_that_has_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let disks = ["a", "b"].map(|name| Arc::new(fresh(dir.path(), name)));
+        let replica = Replica::new(disks.to_vec(), 2).unwrap();
+        let mut records = write(1, 0, 1);
+        records.append(&mut write(0, 0, 1));
+        replica.committed(EpochId(1), &mut records).unwrap();
+        replica.drain().unwrap();
+        assert_eq!(replica.progress(), (EpochId(1), EpochId(0)));
+    }
+
+    #[test]
+    fn a_mark_of_the_maps_that_is_none_stops_promotion() {
+        for (at, payload) in [(5, &[1; 15][..]), (5, &[]), (0, &[1; 3])] {
+            let dir = tempfile::tempdir().unwrap();
+            let replica = Replica::new(vec![Arc::new(fresh(dir.path(), "a"))], 2).unwrap();
+            let mut records = Vec::with_capacity(64);
+            let mark = Record {
+                kind: RecordKind::DiskMark,
+                unit: 0,
+                at,
+                payload,
+            };
+            assert!(push(&mut records, mark));
+            let _ = replica.committed(EpochId(1), &mut records);
+            assert!(replica.promote(Generation(2)).is_err(), "{at} {payload:?}");
+        }
     }
 }

@@ -25,6 +25,7 @@ pub mod ids;
 pub mod peer;
 pub mod record;
 pub mod records;
+pub mod resync;
 pub mod state;
 pub mod stream;
 pub mod word;

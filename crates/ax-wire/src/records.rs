@@ -26,6 +26,12 @@ pub enum RecordKind {
     Crash = 7,
     /// A frame received for network device `unit`; `at` is its sequence number (rule 7).
     Received = 8,
+    /// Zeros written to disk `unit` at byte offset `at` by a resync; the payload is their number, 8
+    /// bytes little-endian.
+    DiskZero = 9,
+    /// A rotation of the dirty-region maps of all disks (rule 16): with `at` 0 one begins here; else it ends
+    /// that of epoch `at`, and the payload is the 16 bytes both maps are relative to from now on.
+    DiskMark = 10,
 }
 
 /// Place of a FLUSH that completes only once the shadow has made it durable

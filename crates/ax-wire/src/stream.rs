@@ -5,9 +5,9 @@
 //! dropped, doubled or moved is found at once.
 //!
 //! ```text
-//! forward   Bulk* SyncDone   then per epoch  Begin State* Pages* Disk* Outputs* End
+//! forward   Bulk* DiskBasis* DiskAsk* SyncDone   then per epoch  Begin State* Pages* Disk* Outputs* End
 //!           Received, Question, Granted between epochs
-//! backward  Resume           then            Ack  Applied  Answer  Refuse
+//! backward  Resume  then  DiskMap* DiskSums* during the initial copy  Ack  Applied  Answer  Refuse
 //! ```
 //!
 //! Parsing has two steps: [`Header::parse`] (is this a frame of this session, and how long is its
@@ -59,6 +59,10 @@ pub enum FrameKind {
     /// The arbiter granted a new generation; the frames after this carry it. Payload: none; the
     /// generation is in this header already.
     Granted = 13,
+    /// "Your map of this disk?" [`DiskBasis`](crate::resync::DiskBasis) (rule 16).
+    DiskBasis = 14,
+    /// "Your blocks of these regions?" [`DiskAsk`](crate::resync::DiskAsk).
+    DiskAsk = 15,
     /// The first word of a shadow on a new connection: [`Resume`].
     Resume = 32,
     /// Every epoch ≤ this one is staged whole: [`Progress`].
@@ -69,6 +73,10 @@ pub enum FrameKind {
     Answer = 35,
     /// The stream is refused and this connection ends: [`Refusal`].
     Refuse = 36,
+    /// The answer to a [`FrameKind::DiskBasis`]: [`DiskMap`](crate::resync::DiskMap).
+    DiskMap = 37,
+    /// The answer to a [`FrameKind::DiskAsk`]: [`DiskSums`](crate::resync::DiskSums).
+    DiskSums = 38,
 }
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]

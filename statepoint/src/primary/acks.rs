@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use ax_failpoint::Point;
+use ax_wire::resync::MAX_ANSWER;
 use ax_wire::stream::{self, FrameError, FrameKind, Header, Nonce, Progress, Refusal, Resume};
 use ax_wire::{EpochId, Generation};
 
@@ -10,15 +11,11 @@ use super::PrimaryEvents;
 use super::handle::{Failure, Shared};
 use crate::link::{FrameReader, LinkError};
 
-/// Longest payload a shadow sends, bytes.
+/// Longest payload a shadow sends but for its answers about disks, bytes.
 const MAX: usize = 64;
 
-/// One frame of the backward connection, checked against the session (rule 5).
-fn read<'a>(
-    shared: &Shared,
-    reader: &mut FrameReader,
-    buf: &'a mut [u8; MAX],
-) -> Result<(Header, &'a [u8]), LinkError> {
+/// The header of a frame of the backward connection, checked against the session (rule 5).
+fn read_header(shared: &Shared, reader: &mut FrameReader) -> Result<Header, LinkError> {
     let header = reader.header()?;
     let expected = shared.current_session();
     // The shadow learns of a new generation in the stream: until then its frames carry the old one.
@@ -36,15 +33,49 @@ fn read<'a>(
         }
         .into());
     }
-    let Some(payload) = buf.get_mut(..header.len) else {
-        return Err(FrameError::TooLong {
-            kind: header.kind,
-            len: header.len,
-        }
-        .into());
-    };
-    reader.payload(&header, payload)?;
-    Ok((header, payload))
+    Ok(header)
+}
+
+fn too_long(header: &Header) -> LinkError {
+    FrameError::TooLong {
+        kind: header.kind,
+        len: header.len,
+    }
+    .into()
+}
+
+/// The payload of an ordinary frame.
+fn read<'a>(
+    header: &Header,
+    reader: &mut FrameReader,
+    buf: &'a mut [u8; MAX],
+) -> Result<&'a [u8], LinkError> {
+    let payload = buf.get_mut(..header.len).ok_or_else(|| too_long(header))?;
+    reader.payload(header, payload)?;
+    Ok(payload)
+}
+
+/// Keeps what the shadow says of its disks for the epoch thread: only what was asked for, so that there
+/// is never more than was asked for.
+fn keep_answer(
+    shared: &Shared,
+    header: &Header,
+    reader: &mut FrameReader,
+) -> Result<(), LinkError> {
+    if shared.answers.lock().due.front() != Some(&header.kind) {
+        return Err(unexpected(header.kind));
+    }
+    if header.len > MAX_ANSWER {
+        return Err(too_long(header));
+    }
+    let mut payload = Vec::with_capacity(header.len);
+    reader.append(header, &mut payload)?;
+    let mut answers = shared.answers.lock();
+    answers.due.pop_front();
+    answers.come.push_back(payload);
+    drop(answers);
+    shared.trigger.ring();
+    Ok(())
 }
 
 fn unexpected(kind: FrameKind) -> LinkError {
@@ -61,10 +92,11 @@ pub(super) fn read_resume(
     reader: &mut FrameReader,
 ) -> Result<Option<EpochId>, LinkError> {
     let mut buf = [0; MAX];
-    let (header, payload) = read(shared, reader, &mut buf)?;
+    let header = read_header(shared, reader)?;
     if header.kind != FrameKind::Resume {
         return Err(unexpected(header.kind));
     }
+    let payload = read(&header, reader, &mut buf)?;
     let resume: Resume = stream::body(header.kind, payload)?;
     Ok((resume.has_epoch.get() != 0).then_some(EpochId(resume.staged.get())))
 }
@@ -88,7 +120,12 @@ fn step(
     reader: &mut FrameReader,
 ) -> Result<Option<Refusal>, LinkError> {
     let mut buf = [0; MAX];
-    let (header, payload) = read(shared, reader, &mut buf)?;
+    let header = read_header(shared, reader)?;
+    if matches!(header.kind, FrameKind::DiskMap | FrameKind::DiskSums) {
+        keep_answer(shared, &header, reader)?;
+        return Ok(None);
+    }
+    let payload = read(&header, reader, &mut buf)?;
     match header.kind {
         FrameKind::Ack => {
             let progress: Progress = stream::body(header.kind, payload)?;

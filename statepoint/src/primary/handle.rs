@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ax_wire::records::{Record, RecordKind, push};
-use ax_wire::stream::{MAX_PAYLOAD, Refusal};
+use ax_wire::stream::{FrameKind, MAX_PAYLOAD, Refusal};
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Barrier, Clock, Gate, Release};
 use parking_lot::Mutex;
@@ -64,6 +64,15 @@ pub(super) struct Question {
     pub stamp_ns: Option<u64>,
 }
 
+/// What the shadow says of its disks during the initial copy.
+#[derive(Debug, Default)]
+pub(super) struct Answers {
+    /// What its next answers have to be, oldest question first.
+    pub due: VecDeque<FrameKind>,
+    /// Answers that have come.
+    pub come: VecDeque<Vec<u8>>,
+}
+
 pub(super) struct Shared {
     pub trigger: Trigger,
     pub barrier: Arc<Barrier>,
@@ -71,6 +80,7 @@ pub(super) struct Shared {
     pub counters: Counters,
     pub flow: Mutex<Flow>,
     pub question: Mutex<Question>,
+    pub answers: Mutex<Answers>,
     pub received: Mutex<Vec<u8>>,
     pub session: Session,
     pub shadow: Incarnation,
@@ -116,6 +126,7 @@ impl Shared {
                 failure: None,
             }),
             question: Mutex::default(),
+            answers: Mutex::default(),
             received: Mutex::new(Vec::with_capacity(RECEIVED_BYTES)),
             session: config.session,
             shadow: config.shadow,
@@ -316,6 +327,13 @@ impl PrimaryHandle {
     /// Times and counts since the engine was made.
     pub fn stats(&self) -> Snapshot {
         self.reading().since(None)
+    }
+
+    /// The latest initial copy: bytes of disks compared, and bytes that travelled either way for them.
+    pub fn disk_sync(&self) -> (u64, u64) {
+        let counters = &self.shared.counters;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (get(&counters.disk_compared), get(&counters.disk_moved))
     }
 
     /// Times and counts at this moment, to be compared with those of another.

@@ -14,6 +14,7 @@ mod sync;
 
 use std::sync::Arc;
 
+use ax_wire::resync::Ask;
 use ax_wire::stream::Refusal;
 use ax_wire::{EpochId, Incarnation, Session};
 use io_barrier::{Barrier, Clock, RxCounts, SealError};
@@ -30,12 +31,29 @@ pub use handle::{PrimaryHandle, PrimaryProgress};
 
 /// What besides memory and machine state belongs to an epoch. Called from the epoch thread.
 pub trait EpochSource: Send {
-    /// The disks' initial copy begins (again) from the first byte.
+    /// The disks' initial copy begins (again): what differs from the shadow's is to be found and sent.
     fn restart_sync(&mut self) -> Result<(), GuestError>;
 
+    /// The next question to the shadow about its disks, if one is due. There are never more unanswered
+    /// than this side has room for the answers of.
+    fn sync_ask(&mut self) -> Option<Ask> {
+        None
+    }
+
+    /// The shadow's answer to the oldest unanswered question. False when it is none: the peer is hostile
+    /// or broken.
+    fn sync_answered(&mut self, _payload: &[u8]) -> bool {
+        false
+    }
+
     /// Replaces `records` by the next piece of the disks' initial copy, as disk records; true once
-    /// nothing of it is left. What the guest writes to a part already sent is recorded from then on.
+    /// nothing of it is left. What the guest writes is among them from the beginning of the copy on.
     fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError>;
+
+    /// How far the disks' initial copy has come.
+    fn sync_progress(&self) -> DiskSync {
+        DiskSync::default()
+    }
 
     /// Bytes of disk records in the open epoch, for the running count (rule 2).
     fn disk_bytes(&self) -> usize;
@@ -49,9 +67,23 @@ pub trait EpochSource: Send {
     fn rx_given(&self) -> RxCounts;
 }
 
+/// How far the disks' initial copy has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskSync {
+    /// Bytes of the disks that are equal on both sides, or sent.
+    pub done: u64,
+    /// Bytes of the disks.
+    pub total: u64,
+    /// Bytes whose content was compared.
+    pub compared: u64,
+    /// Bytes that travelled either way for it.
+    pub moved: u64,
+}
+
 /// What the engine tells while it runs. Quick, non-blocking.
 pub trait PrimaryEvents: Send + Sync {
-    /// The initial copy: bytes sent so far and bytes known to be sent in all (memory only).
+    /// The initial copy: bytes of memory sent and of disks found equal or sent so far, and in all as far as
+    /// that is known.
     fn copying(&self, _sent: u64, _total: u64) {}
 
     /// The rest is small enough for one epoch; from the return on outputs must be held (rule 22; the

@@ -30,6 +30,7 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
         *self.shared.close.lock() = Some(link.close.clone());
         self.shared.flow.lock().failure = None;
         *self.shared.question.lock() = Default::default();
+        *self.shared.answers.lock() = Default::default();
         let result = self.connection(link);
         self.shared.connected.store(false, Ordering::Release);
         *self.shared.close.lock() = None;

@@ -1,21 +1,26 @@
 //! The initial copy, while the guest runs.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use ax_wire::stream::FrameKind;
+use ax_wire::stream::{FrameError, FrameKind};
 use ax_wire::{EpochId, PAGE_SIZE};
 
 use super::capture::runs;
 use super::ship::{CHUNK_BYTES, write_pages};
 use super::{CaptureError, EpochSource, PrimaryEngine, PrimaryError};
 use crate::guest::{Guest, Page};
-use crate::link::FrameWriter;
+use crate::link::{FrameWriter, LinkError};
+
+/// How long the epoch thread sleeps when only the shadow's answers about its disks are missing; guest
+/// writes fill the log meanwhile.
+const ANSWER_PATIENCE: Duration = Duration::from_millis(1);
 
 /// Most bytes of disk records in one frame.
 const PIECE: usize = 512 << 10;
 
 impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
-    /// Copies memory and disks whole, then in rounds what has changed meanwhile, until the rest is
+    /// Copies memory whole and of the disks what differs, then in rounds what has changed meanwhile, until the rest is
     /// small enough for an epoch (or the rounds are used up: then the first epoch is large). From the
     /// return on outputs are held (rule 22, step 1). Zero pages travel as a few bytes.
     pub(super) fn full_copy(&mut self, writer: &mut FrameWriter) -> Result<(), PrimaryError> {
@@ -32,6 +37,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         }
         let mut total: u64 = ram.iter().map(|r| r.pages).sum();
         let mut sent = 0;
+        self.shared.answers.lock().come.clear();
         let mut disks_done = false;
         for region in &ram {
             let mut page = region.start;
@@ -60,12 +66,15 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             self.copy_dirty(writer, &mut sent, total)?;
             while !disks_done && small {
                 disks_done = self.copy_disk(writer)?;
+                self.copied(sent, total);
                 self.between(writer)?;
+                self.await_answer(disks_done);
             }
             disks_done = disks_done || self.copy_disk(writer)?;
             self.between(writer)?;
             round += 1;
         }
+        self.copied(sent, total);
         self.events.copy_done();
         match self.config.lease_ns {
             Some(lease) => self.shared.barrier.start_leasing(lease),
@@ -78,13 +87,57 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
 
     fn copied(&self, sent: u64, total: u64) {
         let bytes = PAGE_SIZE as u64;
-        self.events.copying(sent * bytes, total * bytes);
+        let disks = self.source.sync_progress();
+        let counters = &self.shared.counters;
+        counters
+            .disk_compared
+            .store(disks.compared, Ordering::Relaxed);
+        counters.disk_moved.store(disks.moved, Ordering::Relaxed);
+        self.events
+            .copying(sent * bytes + disks.done, total * bytes + disks.total);
+    }
+
+    /// Waits for the shadow's next answer about its disks while nothing else is left to do.
+    fn await_answer(&self, disks_done: bool) {
+        let answers = self.shared.answers.lock();
+        let waits = !disks_done && answers.come.is_empty() && !answers.due.is_empty();
+        drop(answers);
+        if waits {
+            self.shared.trigger.wait(ANSWER_PATIENCE);
+        }
+    }
+
+    /// Passes on what the shadow has said of its disks, and asks what is due to be asked.
+    fn talk_of_disks(&mut self, writer: &mut FrameWriter) -> Result<(), PrimaryError> {
+        loop {
+            let come = self.shared.answers.lock().come.pop_front();
+            let Some(payload) = come else { break };
+            if !self.source.sync_answered(&payload) {
+                let error = FrameError::Body {
+                    kind: FrameKind::DiskSums,
+                    what: "not an answer to what was asked of the disks",
+                };
+                return Err(LinkError::from(error).into());
+            }
+        }
+        let mut asked = false;
+        while let Some(ask) = self.source.sync_ask() {
+            self.shared.answers.lock().due.push_back(ask.answer());
+            writer.frame(ask.kind(), EpochId(0), |out| {
+                out.extend_from_slice(ask.as_bytes());
+            })?;
+            asked = true;
+        }
+        if asked {
+            writer.flush()?;
+        }
+        Ok(())
     }
 
     /// Sends and stops between pieces as the others wish.
     fn between(&mut self, writer: &mut FrameWriter) -> Result<(), PrimaryError> {
         if self.shared.stop.load(Ordering::Acquire) {
-            return Err(crate::link::LinkError::Closed.into());
+            return Err(LinkError::Closed.into());
         }
         if let Some(failure) = self.shared.flow.lock().failure.take() {
             return Err(failure.into());
@@ -138,6 +191,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
 
     /// Sends the next piece of the disks; true once all is sent.
     fn copy_disk(&mut self, writer: &mut FrameWriter) -> Result<bool, PrimaryError> {
+        self.talk_of_disks(writer)?;
         let done = self
             .source
             .sync_step(&mut self.scratch)

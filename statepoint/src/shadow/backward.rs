@@ -69,6 +69,13 @@ impl Backward {
         self.permitting(me, FrameKind::Answer, epoch, nonce.as_bytes())
     }
 
+    /// Says what is on the disks: permits nothing.
+    pub fn of_disks(&self, me: Session, kind: FrameKind, answer: &[u8]) -> Result<(), LinkError> {
+        let mut writer = self.writer.lock();
+        let writer = writer.as_mut().ok_or(LinkError::Closed)?;
+        write(writer, me, kind, EpochId(0), answer)
+    }
+
     /// Says how far this side has applied; not worth an error.
     pub fn applied(&self, me: Session, epoch: EpochId, progress: Progress) {
         if let Some(writer) = self.writer.lock().as_mut() {

@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use ax_wire::resync::Ask;
 use ax_wire::stream::{FrameError, Refusal, Resume};
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Clock, ReceivedLog, RxCounts, ShadowOutputs};
@@ -32,8 +33,14 @@ use stage::Stage;
 
 /// What besides memory belongs to an epoch, on the shadow's side.
 pub trait ShadowSink: Send {
-    /// An initial copy begins: the disks are to be overwritten.
+    /// An initial copy begins: the disks are to be overwritten in part.
     fn begin_sync(&mut self) -> Result<(), GuestError>;
+
+    /// Answers the primary's question about the disks as they are at this place of the initial copy:
+    /// replaces `answer` by the payload. False when there is no such thing: the peer is hostile or broken.
+    fn asked(&mut self, _ask: &Ask, _answer: &mut Vec<u8>) -> Result<bool, GuestError> {
+        Ok(false)
+    }
 
     /// Applies disk records of the initial copy at once.
     fn bulk(&mut self, records: &[u8]) -> Result<(), GuestError>;

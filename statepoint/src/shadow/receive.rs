@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use ax_failpoint::Point;
 use ax_wire::records::{RecordKind, Records};
+use ax_wire::resync::Ask;
 use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce, Runs};
 use ax_wire::{EpochId, Generation};
 use io_barrier::MAX_NICS;
@@ -101,6 +102,7 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             FrameKind::BulkPages | FrameKind::BulkDisk | FrameKind::BulkDiskEnd => {
                 self.bulk(&header)
             }
+            FrameKind::DiskBasis | FrameKind::DiskAsk => self.asked(&header),
             FrameKind::SyncDone => self.sync_done(&header),
             FrameKind::EpochBegin => self.begin(&header),
             FrameKind::State | FrameKind::Pages | FrameKind::Disk | FrameKind::Outputs => {
@@ -134,15 +136,40 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         check_runs(&self.ram, epoch, payload)
     }
 
-    fn bulk(&mut self, header: &Header) -> Result<(), ShadowError> {
-        let failed = |source| ShadowError::Apply { epoch: 0, source };
+    /// A frame of the initial copy: the first one begins it.
+    fn begin_copy(&mut self, header: &Header) -> Result<(), ShadowError> {
         if self.staged() != EpochId(0) || self.stage.is_some() {
             return Err(bad(header.epoch, "an initial copy to a shadow in sync"));
         }
         if !self.copying {
             self.copying = true;
-            self.sink.lock().begin_sync().map_err(failed)?;
+            let begun = self.sink.lock().begin_sync();
+            begun.map_err(|source| ShadowError::Apply { epoch: 0, source })?;
         }
+        Ok(())
+    }
+
+    /// Answers what the primary asks of the disks, with one frame.
+    fn asked(&mut self, header: &Header) -> Result<(), ShadowError> {
+        self.begin_copy(header)?;
+        self.read_scratch(header)?;
+        let ask = match header.kind {
+            FrameKind::DiskBasis => stream::body(header.kind, &self.scratch).map(Ask::Basis),
+            _ => stream::body(header.kind, &self.scratch).map(Ask::Sums),
+        };
+        let ask = ask.map_err(LinkError::from)?;
+        let there = self.sink.lock().asked(&ask, &mut self.scratch);
+        if !there.map_err(|source| ShadowError::Apply { epoch: 0, source })? {
+            return Err(body_error(header.kind, "asks for what no disk here has"));
+        }
+        let shared = self.shared;
+        let answered = (shared.backward).of_disks(shared.me(), ask.answer(), &self.scratch);
+        Ok(answered?)
+    }
+
+    fn bulk(&mut self, header: &Header) -> Result<(), ShadowError> {
+        let failed = |source| ShadowError::Apply { epoch: 0, source };
+        self.begin_copy(header)?;
         if header.kind == FrameKind::BulkPages {
             self.read_scratch(header)?;
             self.check_runs(header.epoch, &self.scratch)?;
@@ -155,7 +182,7 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             self.reader.append(header, &mut self.disk)?;
         } else {
             self.read_scratch(header)?;
-            if !are_records(&self.disk, is_disk) {
+            if !are_records(&self.disk, is_copied) {
                 return Err(bad(
                     header.epoch,
                     "the initial copy has broken disk records",
@@ -390,8 +417,20 @@ fn body_error(kind: FrameKind, what: &'static str) -> ShadowError {
     LinkError::from(FrameError::Body { kind, what }).into()
 }
 
+/// What an epoch has of disks.
 fn is_disk(kind: RecordKind, _unit: u8) -> bool {
-    matches!(kind, RecordKind::DiskWrite | RecordKind::DiskFlush)
+    matches!(
+        kind,
+        RecordKind::DiskWrite | RecordKind::DiskFlush | RecordKind::DiskMark
+    )
+}
+
+/// What the initial copy has of disks.
+fn is_copied(kind: RecordKind, _unit: u8) -> bool {
+    matches!(
+        kind,
+        RecordKind::DiskWrite | RecordKind::DiskFlush | RecordKind::DiskZero
+    )
 }
 
 fn is_output(kind: RecordKind, unit: u8) -> bool {

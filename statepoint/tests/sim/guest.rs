@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ax_wire::records::{Record, RecordKind, Records, push};
+use ax_wire::resync::{Ask, DiskAsk};
 use ax_wire::state::StateWriter;
 use ax_wire::{EpochId, Generation, PAGE_SIZE};
 use io_barrier::{Barrier, OutputSink, Power, RxCounts};
 use parking_lot::{Mutex, MutexGuard};
 use statepoint::guest::{Guest, GuestError, Page, RamRegion, ShadowGuest};
-use statepoint::primary::EpochSource;
+use statepoint::primary::{DiskSync, EpochSource};
 use statepoint::shadow::ShadowSink;
+use zerocopy::IntoBytes;
 
 pub const RAM: [RamRegion; 2] = [
     RamRegion {
@@ -283,14 +285,56 @@ impl Guest for Sim {
     }
 }
 
-/// The other things of an epoch: the simulated disk.
-pub struct Source(pub Sim, pub usize);
+/// The other things of an epoch: the simulated disk. It asks for each piece of the shadow's before it
+/// sends its own: so many answers have come.
+pub struct Source(pub Sim, pub usize, pub Asked);
+
+/// How many questions about the disk were asked and answered.
+#[derive(Default)]
+pub struct Asked {
+    asked: u64,
+    answered: u64,
+}
+
+/// Bytes of the simulated disk that are asked for at a time.
+const PIECE: usize = 4096;
 
 impl EpochSource for Source {
     fn restart_sync(&mut self) -> Result<(), GuestError> {
         self.0.lock().disk_log.clear();
-        self.1 = 0;
+        (self.1, self.2) = (0, Asked::default());
         Ok(())
+    }
+
+    fn sync_ask(&mut self) -> Option<Ask> {
+        let asked = &mut self.2;
+        if asked.asked * PIECE as u64 >= DISK as u64 || asked.asked > asked.answered + 1 {
+            return None;
+        }
+        asked.asked += 1;
+        let first = asked.asked - 1;
+        Some(Ask::Sums(DiskAsk {
+            unit: 0.into(),
+            first: first.into(),
+            count: 1.into(),
+            key: [3; 32],
+        }))
+    }
+
+    fn sync_answered(&mut self, payload: &[u8]) -> bool {
+        let asked = &mut self.2;
+        let right = payload == asked.answered.to_le_bytes();
+        asked.answered += 1;
+        right
+    }
+
+    fn sync_progress(&self) -> DiskSync {
+        DiskSync {
+            done: self.1 as u64,
+            total: DISK as u64,
+            compared: self.1 as u64,
+            moved: self.2.answered,
+        }
     }
 
     fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError> {
@@ -298,7 +342,8 @@ impl EpochSource for Source {
         records.clear();
         records.reserve(1 << 20);
         records.append(&mut inner.disk_log);
-        let end = (self.1 + 4096).min(DISK);
+        let answered = self.2.answered as usize * PIECE;
+        let end = (self.1 + PIECE).min(DISK).min(answered);
         if self.1 < end {
             let piece = Record {
                 kind: RecordKind::DiskWrite,
@@ -383,6 +428,15 @@ fn write_records(disk: &mut [u8], records: &[u8]) {
 }
 
 impl ShadowSink for Disk {
+    fn asked(&mut self, ask: &Ask, answer: &mut Vec<u8>) -> Result<bool, GuestError> {
+        let Ask::Sums(ask) = ask else {
+            return Ok(false);
+        };
+        answer.clear();
+        answer.extend_from_slice(ask.first.as_bytes());
+        Ok((ask.first.get() as usize) < DISK / PIECE && ask.key == [3; 32])
+    }
+
     fn begin_sync(&mut self) -> Result<(), GuestError> {
         *self.0.lock() = (vec![0xdd; DISK], 0, false);
         Ok(())

@@ -77,9 +77,15 @@ pub struct Enter {
     pub confirmed: AtomicU64,
     pub failed_captures: AtomicU64,
     pub durable: AtomicU64,
+    /// Bytes of the initial copy so far, and in all.
+    pub copied: Mutex<(u64, u64)>,
 }
 
 impl PrimaryEvents for Enter {
+    fn copying(&self, sent: u64, total: u64) {
+        *self.copied.lock() = (sent, total);
+    }
+
     fn confirmed(&self, epoch: EpochId) {
         self.confirmed.store(epoch.0, Ordering::SeqCst);
         self.barrier.protect(ft(A, B));
@@ -174,11 +180,12 @@ impl Pair {
             confirmed: AtomicU64::new(0),
             failed_captures: AtomicU64::new(0),
             durable: AtomicU64::new(0),
+            copied: Mutex::default(),
         });
         let (engine, primary_handle) = PrimaryEngine::new(
             primary,
             sim.clone(),
-            Source(sim.clone(), 0),
+            Source(sim.clone(), 0, Asked::default()),
             enter.clone(),
             barrier.clone(),
             Arc::new(Boottime),
@@ -238,7 +245,7 @@ impl Pair {
         (pair.primary, pair.primary_handle) = PrimaryEngine::new(
             config,
             pair.sim.clone(),
-            Source(pair.sim.clone(), 0),
+            Source(pair.sim.clone(), 0, Asked::default()),
             pair.enter.clone(),
             pair.barrier.clone(),
             Arc::new(Boottime),

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ax_api::process::{PauseParts, Phase, Role, Spec, Status};
+use ax_api::process::{DiskSync, PauseParts, Phase, Role, Spec, Status};
 use ax_api::vm::Mode;
 use ax_wire::{Generation, Incarnation};
 use parking_lot::Mutex;
@@ -159,6 +159,7 @@ impl Board {
             epochs_per_second: facts.rate,
             pause_us: [0; 2],
             pause_parts_us: Default::default(),
+            disk_sync: Default::default(),
             commit_us: [0; 2],
             ship_us: [0; 2],
             pages: [0; 2],
@@ -178,6 +179,8 @@ impl Board {
                 close: parts.close.p50 / 1000,
                 resume: parts.resume.p50 / 1000,
             };
+            let (compared, moved) = engine.disk_sync();
+            status.disk_sync = DiskSync { compared, moved };
             status.commit_us = micros(past.commit_ns);
             status.ship_us = micros(past.ship_ns);
             status.pages = [past.pages.p50, past.pages.p99];

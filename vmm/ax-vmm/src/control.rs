@@ -216,6 +216,7 @@ mod tests {
                 epochs_per_second: 0.0,
                 pause_us: [0; 2],
                 pause_parts_us: Default::default(),
+                disk_sync: Default::default(),
                 commit_us: [0; 2],
                 ship_us: [0; 2],
                 pages: [0; 2],

@@ -53,7 +53,7 @@ impl Disk for MirroredDisk {
             ));
         }
         self.image
-            .write(offset, data)
+            .write_in_hand(offset, data)
             .inspect_err(|_| self.log.abandoned(data.len()))
     }
 
@@ -79,6 +79,8 @@ impl Disk for MirroredDisk {
         if !self.recorded.swap(false, Ordering::Relaxed) {
             self.log.completed(self.unit, offset, data);
         }
+        // Only now: what is in the map's older part must be in the log before its mark.
+        self.image.settled(offset, data.len());
     }
 
     fn flush_completed(&self) {

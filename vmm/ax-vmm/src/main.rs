@@ -17,6 +17,7 @@ mod error;
 mod events;
 mod guest;
 mod hello;
+mod maps;
 mod outside;
 mod parts;
 mod protect;

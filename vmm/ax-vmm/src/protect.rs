@@ -9,25 +9,28 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ax_disk::{SyncCursor, WriteLog};
+use ax_disk::{Stepped, SyncCursor, WriteLog};
 use ax_link::heartbeat::{Line, LinkEvent, ProgressSource, Sentinel, Timing as LinkTiming};
 use ax_link::{Channel, Connector, Preamble, Stream};
 use ax_wire::heartbeat::Progress;
 use ax_wire::peer::PeerMessage;
 use ax_wire::record::Record;
+use ax_wire::resync::Ask;
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Boottime, MAX_NICS, RxCounts};
 use parking_lot::Mutex;
 use statepoint::guest::GuestError;
 use statepoint::link::PrimaryLink;
 use statepoint::primary::{
-    Ended, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents, PrimaryHandle,
+    DiskSync, Ended, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents,
+    PrimaryHandle, Start,
 };
 use statepoint::shadow::CommittedState;
 use vmm::MachineHandle;
 
 use crate::error::Error;
 use crate::guest::{EpochGuest, Part};
+use crate::maps::MapKeeper;
 use crate::parts::Parts;
 use crate::session::{self, SessionError, Talk};
 
@@ -63,6 +66,7 @@ type Tell = Arc<dyn Fn(Protecting) + Send + Sync>;
 struct Events {
     tell: Tell,
     log: Arc<WriteLog>,
+    maps: Arc<MapKeeper>,
 }
 
 impl PrimaryEvents for Events {
@@ -75,6 +79,7 @@ impl PrimaryEvents for Events {
     }
 
     fn confirmed(&self, _epoch: EpochId) {
+        self.maps.in_sync();
         (self.tell)(Protecting::Confirmed);
     }
 
@@ -88,6 +93,8 @@ pub struct Source {
     log: Arc<WriteLog>,
     disks: Vec<Arc<ax_disk::Image>>,
     cursor: Option<SyncCursor>,
+    /// The last of the copy is in the log.
+    copied: bool,
     handle: MachineHandle,
     nics: usize,
 }
@@ -99,6 +106,7 @@ impl Source {
             log: Arc::clone(&parts.log),
             disks: parts.images.clone(),
             cursor: None,
+            copied: false,
             handle: parts.handle.clone(),
             nics: nics.min(MAX_NICS),
         }
@@ -107,23 +115,51 @@ impl Source {
 
 impl EpochSource for Source {
     fn restart_sync(&mut self) -> Result<(), GuestError> {
-        // Recording begins before the first chunk is read: decisions/0003.
+        // Recording begins before the map is read and the first block compared: decisions/0003.
         self.log.record(true);
-        let writable = self.disks.iter().map(Arc::clone).collect();
-        self.cursor = Some(SyncCursor::new(writable));
+        let cursor = SyncCursor::new(self.disks.clone()).map_err(|source| GuestError {
+            doing: "begin the resync of the disks",
+            source: Box::new(source),
+        })?;
+        (self.cursor, self.copied) = (Some(cursor), false);
         Ok(())
     }
 
+    fn sync_ask(&mut self) -> Option<Ask> {
+        self.cursor.as_mut()?.ask()
+    }
+
+    fn sync_answered(&mut self, payload: &[u8]) -> bool {
+        let cursor = self.cursor.as_mut();
+        cursor.is_some_and(|cursor| cursor.answered(payload))
+    }
+
+    fn sync_progress(&self) -> DiskSync {
+        let at = self.cursor.as_ref().map(SyncCursor::progress);
+        at.map_or(DiskSync::default(), |at| DiskSync {
+            done: at.done,
+            total: at.total,
+            compared: at.compared,
+            moved: at.moved,
+        })
+    }
+
     fn sync_step(&mut self, records: &mut Vec<u8>) -> Result<bool, GuestError> {
-        let done = match &mut self.cursor {
-            Some(cursor) => cursor.step(&self.log).map_err(|source| GuestError {
-                doing: "read a disk image for the initial copy",
-                source: Box::new(source),
-            })?,
-            None => true,
-        };
+        // What the last step put in the log goes now, so that this one finds it empty: a guest that fills
+        // it as soon as there is room would keep the copy out for ever.
         self.log.seal(records);
-        Ok(done)
+        let Some(cursor) = &mut self.cursor else {
+            return Ok(true);
+        };
+        if self.copied {
+            return Ok(true);
+        }
+        let stepped = cursor.step(&self.log).map_err(|source| GuestError {
+            doing: "compare a disk image with the shadow's",
+            source: Box::new(source),
+        })?;
+        self.copied = stepped == Stepped::Done;
+        Ok(false)
     }
 
     fn disk_bytes(&self) -> usize {
@@ -276,9 +312,15 @@ impl Protection {
             part,
         } = setting;
         let shadow = config.shadow;
+        let maps = MapKeeper::start(parts.images.clone(), Arc::clone(&parts.log));
+        let maps = Arc::new(maps.map_err(Error::Thread)?);
+        if matches!(config.start, Start::Synced { .. }) {
+            maps.in_sync();
+        }
         let events = Arc::new(Events {
             tell: Arc::clone(&tell),
             log: Arc::clone(&parts.log),
+            maps,
         });
         let (mut engine, handle) = PrimaryEngine::new(
             config,

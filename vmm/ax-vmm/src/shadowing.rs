@@ -11,6 +11,7 @@ use ax_link::{Incoming, Stream};
 use ax_wire::heartbeat::Progress;
 use ax_wire::peer::PeerMessage;
 use ax_wire::records::{RecordKind, Records};
+use ax_wire::resync::Ask;
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::Boottime;
 use statepoint::guest::GuestError;
@@ -87,8 +88,14 @@ fn failed(doing: &'static str) -> impl Fn(ax_disk::replica::ApplyError) -> Guest
 impl ShadowSink for Disks {
     fn begin_sync(&mut self) -> Result<(), GuestError> {
         self.0
-            .begin_full_sync()
+            .begin_sync()
             .map_err(failed("prepare the disk images for the initial copy"))
+    }
+
+    fn asked(&mut self, ask: &Ask, answer: &mut Vec<u8>) -> Result<bool, GuestError> {
+        self.0
+            .answer(ask, answer)
+            .map_err(failed("read a disk image for a resync"))
     }
 
     fn bulk(&mut self, records: &[u8]) -> Result<(), GuestError> {

@@ -94,6 +94,7 @@ impl Conductor {
             }
             Action::BecomeShadow(record) => return self.become_shadow(&record),
             Action::EndClean(_) => {
+                self.parts.images.iter().for_each(|image| image.close());
                 let why = self.why_stopping.take();
                 let mut why = why.unwrap_or_else(|| "stopped in order".into());
                 let clean = self.not_durable.is_none();
