@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::host::{Code, PeerRequest, ProcessReport, Reply};
-use ax_api::process::{Phase, Request, Role, Status};
+use ax_api::process::{Arbiter, Phase, Request, Role, Status};
 use ax_api::vm::Mode;
 use ax_wire::Generation;
 use tokio::sync::Semaphore;
@@ -172,7 +172,10 @@ impl Daemon {
             pair: pair.clone(),
             generation,
         };
-        peer.call(fence).await?;
+        // Without a third party both may have been given the word: nothing of the other's is ended then.
+        if self.config.arbiter != Arbiter::Manual {
+            peer.call(fence).await?;
+        }
         let theirs = peer.processes().await?;
         // A shadow that nobody has brought into step gives way to the new one.
         let stays =

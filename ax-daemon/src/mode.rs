@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::host::{PeerRequest, Request};
-use ax_api::process::{self, Phase, Role};
+use ax_api::process::{self, Arbiter, Phase, Role};
 use ax_api::vm::{Mode, Vm};
 use tokio::time::Instant;
 
@@ -101,7 +101,9 @@ impl Daemon {
                     pair: pair.clone(),
                     generation: status.generation,
                 };
-                let _ = peer.call(fence).await;
+                if self.config.arbiter != Arbiter::Manual {
+                    let _ = peer.call(fence).await;
+                }
                 return;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
