@@ -29,7 +29,7 @@ fn quick() -> Site {
         extra: "detect_ms = 500\nstall_ms = 5000\n".into(),
         ..SiteSpec::default()
     };
-    protected(spec, &[])
+    protected(spec.without_reprotection(), &[])
 }
 
 fn output(site: &Site, side: Side, args: &[&str]) -> Output {

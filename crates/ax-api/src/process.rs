@@ -207,6 +207,10 @@ pub struct Status {
     /// What an operator must hear of, whatever the phase.
     #[serde(default)]
     pub warning: Option<String>,
+    /// How long the copy under way will take, at its speed so far, seconds; none without one, or too early
+    /// to tell.
+    #[serde(default)]
+    pub sync_left_s: Option<u64>,
     /// Protection it aims at.
     pub mode: Mode,
     /// Generation it runs under.

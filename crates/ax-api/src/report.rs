@@ -117,6 +117,13 @@ impl VmReport {
         };
         let (state, note) = match (primary, shadow) {
             (Some((process, status)), _) => match (&status.phase, &process.why_unprotected) {
+                (Phase::Syncing { .. }, _) => {
+                    let (state, percent) = state_of(&status.phase);
+                    match status.sync_left_s {
+                        Some(left) => (state, format!("{percent}, about {left} s left")),
+                        None => (state, percent),
+                    }
+                }
                 (Phase::Alone, Some(why)) => {
                     (State::Alone, format!("runs without a shadow: {why}"))
                 }

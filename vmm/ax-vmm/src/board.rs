@@ -21,6 +21,8 @@ const RECENT: Duration = Duration::from_secs(5);
 struct Facts {
     role: Role,
     mode: Mode,
+    /// Since when a copy is under way.
+    syncing: Option<Instant>,
     phase: Phase,
     warning: Option<String>,
     generation: Generation,
@@ -43,6 +45,15 @@ impl Facts {
         while self.readings.get(1).is_some_and(old) {
             self.readings.pop_front();
         }
+    }
+
+    /// What is left of the copy under way, seconds, at its speed so far.
+    fn sync_left(&self) -> Option<u64> {
+        let (Phase::Syncing { done, total }, Some(since)) = (&self.phase, self.syncing) else {
+            return None;
+        };
+        let left = total.saturating_sub(*done) as f64 / (*done).max(1) as f64;
+        (*done > 0).then(|| (since.elapsed().as_secs_f64() * left).ceil() as u64)
     }
 
     /// What happened lately, and in what time. Of an engine younger than a tick: since it was made.
@@ -74,6 +85,7 @@ impl Board {
         let facts = Facts {
             role,
             mode: spec.vm.mode,
+            syncing: None,
             phase: Phase::Starting,
             warning: None,
             generation: Generation(0),
@@ -116,6 +128,11 @@ impl Board {
         let mut facts = self.facts.lock();
         let same_kind = std::mem::discriminant(&facts.phase) == std::mem::discriminant(&phase);
         let changed = !same_kind || facts.role != role || facts.generation != generation;
+        if !matches!(phase, Phase::Syncing { .. }) {
+            facts.syncing = None;
+        } else if facts.syncing.is_none() || changed {
+            facts.syncing = Some(Instant::now());
+        }
         (facts.role, facts.phase, facts.generation) = (role, phase, generation);
         changed
     }
@@ -152,6 +169,7 @@ impl Board {
             role: facts.role,
             phase: facts.phase.clone(),
             warning: facts.warning.clone(),
+            sync_left_s: facts.sync_left(),
             mode: facts.mode,
             generation: facts.generation,
             listen: facts.listen.clone(),
