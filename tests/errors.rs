@@ -229,7 +229,6 @@ fn what_is_said_wrong_is_named_with_its_place() {
         refused.start(&["--config", path], 2, &[words[0], words[1], path]);
     }
     refused.start(&["--config", "/no/such/vm.toml"], 2, &["/no/such/vm.toml"]);
-    refused.start(&with(&["--mode", "ha"]), 2, &["ha", "ft"]);
     refused.start(&with(&["--cpus", "9"]), 2, &["9", "1 to 8"]);
     refused.start(&["--probe", "--memory", "1M"], 2, &["memory", "16M"]);
     refused.start(&with(&["--disk", "x.img,size=1000"]), 2, &["x.img", "512"]);

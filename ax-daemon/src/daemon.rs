@@ -448,6 +448,13 @@ impl Daemon {
             Request::SetMode { name, mode, wait } => {
                 done(self.set_mode(&name, mode, wait, asker, tell).await?)
             }
+            Request::Hosts => Ok(Reply::Hosts {
+                hosts: self.hosts(asker).await,
+                arbiter: self.config.arbiter.to_string(),
+            }),
+            Request::Maintenance { host, on } => {
+                done(self.maintenance(host, on, asker, tell).await?)
+            }
             Request::Kill { name, host } => done(self.kill(&name, host, asker, tell).await?),
             Request::Events {
                 vm,
@@ -474,21 +481,21 @@ impl Daemon {
     }
 }
 
+/// Memory of this host in all, and available, bytes; 0 where the system does not say.
+pub(crate) fn memory() -> [u64; 2] {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    ["MemTotal:", "MemAvailable:"].map(|key| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
+        let kib = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.unwrap_or(0).saturating_mul(1024)
+    })
+}
+
 /// Whether the host has `wanted` bytes to give. Guest memory is taken page by page as it is used, so
 /// without this a guest too large for its host would be found out only in the middle of its work.
 fn has_memory(wanted: u64) -> Result<(), Failure> {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = text.lines().find_map(|line| {
-        let kib: u64 = line
-            .strip_prefix("MemAvailable:")?
-            .trim()
-            .strip_suffix(" kB")?
-            .parse()
-            .ok()?;
-        kib.checked_mul(1024)
-    });
-    match available {
-        Some(available) if available < wanted => Err(Failure::new(
+    match memory()[1] {
+        available if available > 0 && available < wanted => Err(Failure::new(
             Code::Memory,
             format!(
                 "not enough memory: {} MiB wanted, {} MiB available; give the VM less, or make room",

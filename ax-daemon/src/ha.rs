@@ -26,7 +26,11 @@ impl Daemon {
     pub async fn restart_here(self: &Arc<Self>, process: &Process) {
         let name = process.name.as_str();
         let Ok(vm) = self.store.vm(name) else { return };
-        if vm.mode != Mode::Ha || !process.was_primary() || self.is_marked_stopped(name) {
+        if self.in_maintenance()
+            || vm.mode != Mode::Ha
+            || !process.was_primary()
+            || self.is_marked_stopped(name)
+        {
             return;
         }
         if self.count_crash(name) {

@@ -41,6 +41,7 @@ impl Daemon {
                 format!("{name} is defined otherwise here, by a newer change"),
             ));
         };
+        self.refuse_in_maintenance()?;
         if self.crashes_too_often(&name) {
             return Err(Failure::new(
                 Code::State,

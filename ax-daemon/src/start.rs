@@ -81,6 +81,7 @@ impl Daemon {
         } else {
             WithoutShadow::Fails
         };
+        self.refuse_in_maintenance()?;
         let _claim = self.claim(name).await?;
         let known = self.store.vm(name).ok();
         let (definition, defined) = match (new, known) {

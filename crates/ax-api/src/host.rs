@@ -15,7 +15,7 @@ use ax_wire::{Generation, Incarnation};
 use serde::{Deserialize, Serialize};
 
 use crate::process::What;
-pub use crate::report::{PeerReport, ProcessReport, State, VmReport};
+pub use crate::report::{HostReport, PeerReport, ProcessReport, State, VmReport};
 use crate::units::{Bytes, Mac};
 use crate::vm::{Boot, DirtySource, Mode, Secondary, Vm};
 
@@ -171,6 +171,15 @@ pub enum Request {
         mode: Mode,
         /// Answer only when it is as protected as that.
         wait: bool,
+    },
+    /// The hosts of the pair.
+    Hosts,
+    /// Take a host out of service, or back into it.
+    Maintenance {
+        /// The host; the one asked when absent.
+        host: Option<String>,
+        /// Whether.
+        on: bool,
     },
     /// Simulated fault: SIGKILL to one of its processes.
     Kill {
@@ -331,6 +340,13 @@ pub enum Reply {
         vms: Vec<VmReport>,
         /// The other host.
         peer: Option<PeerReport>,
+    },
+    /// To [`Request::Hosts`].
+    Hosts {
+        /// The hosts, by name; of one that asks for the other, that one alone.
+        hosts: Vec<HostReport>,
+        /// Who decides who may run.
+        arbiter: String,
     },
     /// To [`Request::Show`] and [`Request::Define`].
     Vm {

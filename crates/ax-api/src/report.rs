@@ -191,3 +191,24 @@ pub struct PeerReport {
     /// Why not; empty when it does.
     pub why: String,
 }
+
+/// A host of the pair.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// Its name.
+    pub host: String,
+    /// Whether its axd answers; what follows is known only then.
+    pub reachable: bool,
+    /// Why not; empty when it does.
+    pub why: String,
+    /// Its axd's version.
+    pub version: String,
+    /// It takes no VM.
+    pub maintenance: bool,
+    /// Memory in all, and available, bytes.
+    pub memory: [u64; 2],
+    /// VMs that run there.
+    pub runs: Vec<String>,
+    /// VMs whose shadow is there.
+    pub shadows: Vec<String>,
+}

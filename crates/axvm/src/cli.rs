@@ -12,6 +12,7 @@ Examples:
   axvm list --check || page-someone
   axvm failover web
   axvm set-mode web none
+  axvm host maintenance on && poweroff
   axvm console web
 
 Exit codes:
@@ -119,6 +120,27 @@ pub struct VmArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// Both hosts: what runs there, and whether they answer.
+    List,
+    /// All about one host.
+    Show {
+        /// Its name; the one asked when absent.
+        host: Option<String>,
+    },
+    /// Take a host out of service: moves its VMs to the other and says when it is safe to power off.
+    ///
+    /// `off` puts it back: shadows come back by themselves, and what was moved away by planned failover
+    /// returns once it is protected again.
+    Maintenance {
+        /// Out of service, or back.
+        state: OnOff,
+        /// The host; the one asked when absent.
+        host: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start a VM here; describe it too if it is not defined yet.
     ///
@@ -213,6 +235,11 @@ pub enum Command {
         /// Do not wait for protection.
         #[arg(long)]
         no_wait: bool,
+    },
+    /// The hosts of the pair.
+    Host {
+        #[command(subcommand)]
+        what: HostCommand,
     },
     /// Simulated fault: SIGKILL to the process that runs the VM.
     Kill {

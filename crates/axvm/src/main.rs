@@ -10,6 +10,7 @@ mod cli;
 mod client;
 mod console;
 mod describe;
+mod hosts;
 mod show;
 
 use std::process::ExitCode;
@@ -17,7 +18,7 @@ use std::process::ExitCode;
 use ax_api::host::{Code, Reply, Request};
 use clap::{CommandFactory, Parser};
 
-use cli::{Cli, Command, OnOff, Output};
+use cli::{Cli, Command, HostCommand, OnOff, Output};
 use client::{Client, Failure};
 use show::Show;
 
@@ -101,6 +102,24 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
             name,
             mode: describe::mode(mode),
             wait: !no_wait,
+        },
+        Command::Host { what } => match what {
+            HostCommand::List => Request::Hosts,
+            HostCommand::Show { host } => {
+                let (reply, here) = (client.ask(&Request::Hosts, show)?, host.is_none());
+                let host = match (host, here) {
+                    (Some(host), _) => host,
+                    (None, _) => match client.ask(&Request::Version, show)? {
+                        Reply::Version { host, .. } => host,
+                        _ => String::new(),
+                    },
+                };
+                return show.one_host(&reply, &host).map(|()| ExitCode::SUCCESS);
+            }
+            HostCommand::Maintenance { state, host } => Request::Maintenance {
+                host,
+                on: state == OnOff::On,
+            },
         },
         Command::Kill { name, host } => Request::Kill { name, host },
         Command::Events {

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::io::IsTerminal;
 
-use ax_api::host::{HostEvent, HostWhat, PeerReport, Reply, VmReport};
+use ax_api::host::{Code, HostEvent, HostWhat, PeerReport, Reply, VmReport};
 use ax_api::process::{Phase, Role, What};
 use ax_api::units::{Bytes, Mac};
 use ax_api::vm::Boot;
@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::cli::Output;
 use crate::client::Failure;
+use crate::hosts;
 
 /// How to print.
 pub struct Show {
@@ -100,6 +101,26 @@ impl Show {
         }
     }
 
+    /// One of the hosts in an answer that has them all.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn one_host(&self, reply: &Reply, host: &str) -> Result<(), Failure> {
+        let found = match reply {
+            Reply::Hosts { hosts, .. } => hosts.iter().find(|h| h.host == host),
+            _ => None,
+        };
+        let found = found.ok_or_else(|| Failure {
+            code: Code::Usage,
+            why: format!("no host of this pair is called {host}"),
+        })?;
+        match self.output.is_json() {
+            true => print_json(found),
+            false => print!("{}", hosts::details(found)),
+        }
+        Ok(())
+    }
+
     /// The last line of an answer.
     pub fn reply(&self, reply: &Reply) {
         if self.output.is_json() {
@@ -107,6 +128,9 @@ impl Show {
                 Reply::Done { text } => print_json(&json!({"ok": true, "text": text})),
                 Reply::Vms { vms, peer } => print_json(&json!({"vms": vms, "peer": peer})),
                 Reply::Vm { vm } => print_json(vm),
+                Reply::Hosts { hosts, arbiter } => {
+                    print_json(&json!({"hosts": hosts, "arbiter": arbiter}));
+                }
                 Reply::Version {
                     host,
                     version,
@@ -126,6 +150,7 @@ impl Show {
                 print_peer(peer.as_ref());
             }
             Reply::Vm { vm } => print!("{}", details(vm)),
+            Reply::Hosts { hosts, arbiter } => print!("{}", hosts::table(hosts, arbiter)),
             Reply::Version {
                 host,
                 version,
