@@ -118,8 +118,10 @@ impl Daemon {
                     }
                 }
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            tokio::select! {
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+                () = self.peer_back.notified() => pause = FIRST_PAUSE,
+            }
         }
         self.unprotected.lock().remove(&process.name);
     }

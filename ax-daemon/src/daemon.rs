@@ -11,7 +11,7 @@ use ax_api::vm::{Mode, Vm};
 use ax_wire::{Incarnation, PairId};
 use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+use tokio::sync::{Mutex as AsyncMutex, Notify, OwnedMutexGuard};
 
 use crate::config::Config;
 use crate::events::Events;
@@ -90,6 +90,8 @@ pub struct Daemon {
     behind: Mutex<HashSet<String>>,
     /// When processes of VMs of mode `ha` ended here that should not have, lately.
     pub(crate) crashes: Mutex<HashMap<String, VecDeque<Instant>>>,
+    /// Rung when the other host answers again.
+    pub(crate) peer_back: Notify,
     /// Why VMs that run alone here have no shadow.
     pub(crate) unprotected: Mutex<HashMap<String, String>>,
     /// Images made for a start that is not settled yet, by (VM, operation).
@@ -117,6 +119,7 @@ impl Daemon {
             operations: Mutex::default(),
             behind: Mutex::default(),
             crashes: Mutex::default(),
+            peer_back: Notify::new(),
             unprotected: Mutex::default(),
             made: Mutex::default(),
         })

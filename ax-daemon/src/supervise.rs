@@ -85,8 +85,10 @@ impl Daemon {
         clean: &mut bool,
     ) {
         match &event.what {
+            // One that was never granted to run was not missed by anybody.
             What::Phase {
                 role: Role::Primary,
+                phase: Phase::Alone | Phase::Syncing { .. } | Phase::Protected,
                 ..
             } => process.ran_guest(),
             _ => {}

@@ -54,9 +54,11 @@ impl Daemon {
                 let now = !matches!(peer.state(), Some(Err(_)));
                 if there != Some(now) {
                     match (&shared, now) {
-                        (_, true) => self
-                            .events
-                            .note(None, format!("host {} answers", peer.name())),
+                        (_, true) => {
+                            self.peer_back.notify_waiters();
+                            let text = format!("host {} answers", peer.name());
+                            self.events.note(None, text);
+                        }
                         (Err(failure), false) => self.events.note(None, failure.why.clone()),
                         (Ok(()), false) => {}
                     }
