@@ -35,6 +35,11 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             // Disks alone: an empty piece begins the copy, though they may have nothing to send either.
             writer.frame(FrameKind::BulkDiskEnd, EpochId(0), |_| {})?;
         }
+        {
+            // One asked on an earlier connection is not answered any more.
+            let mut question = self.shared.question.lock();
+            (question.wanted, question.stamp_ns) = (false, None);
+        }
         let mut total: u64 = ram.iter().map(|r| r.pages).sum();
         let mut sent = 0;
         self.shared.answers.lock().come.clear();
@@ -51,14 +56,14 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
                 self.between(writer)?;
             }
         }
-        let mut round = 0;
+        let (mut round, mut caught_up) = (0, false);
         loop {
             let mut dirty = std::mem::take(&mut self.pages);
             let harvested = self.guest.harvest(&mut dirty);
             self.pages = dirty;
             harvested.map_err(CaptureError::Guest)?;
             let small = self.pages.len() <= self.config.copy_rest;
-            if disks_done && (small || round >= self.config.copy_rounds) {
+            if disks_done && caught_up && (small || round >= self.config.copy_rounds) {
                 self.guest.give_back(&self.pages);
                 break;
             }
@@ -72,6 +77,10 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             }
             disks_done = disks_done || self.copy_disk(writer)?;
             self.between(writer)?;
+            if disks_done {
+                self.catch_up(writer)?;
+                caught_up = true;
+            }
             round += 1;
         }
         self.copied(sent, total);
@@ -83,6 +92,23 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         writer.frame(FrameKind::SyncDone, EpochId(0), |_| {})?;
         writer.flush()?;
         Ok(())
+    }
+
+    /// Waits until the shadow has worked off everything sent so far, with its disks durable. A page of zeros
+    /// is a few bytes on the link and a page to be written there: were outputs held from the moment the
+    /// last byte is sent, the guest would be silent for all that the shadow is behind.
+    fn catch_up(&mut self, writer: &mut FrameWriter) -> Result<(), PrimaryError> {
+        self.shared.ask();
+        loop {
+            self.between(writer)?;
+            writer.flush()?;
+            let question = self.shared.question.lock();
+            if !question.wanted && question.stamp_ns.is_none() {
+                return Ok(());
+            }
+            drop(question);
+            self.shared.trigger.wait(ANSWER_PATIENCE);
+        }
     }
 
     fn copied(&self, sent: u64, total: u64) {

@@ -45,6 +45,12 @@ pub trait ShadowSink: Send {
     /// Applies disk records of the initial copy at once.
     fn bulk(&mut self, records: &[u8]) -> Result<(), GuestError>;
 
+    /// The initial copy is as good as over: makes durable what it has written so far, so that little is left
+    /// to be done while the guest's outputs are held.
+    fn nearly_in_sync(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// A committed epoch's disk records, in order (take the buffer by swapping). May block: that slows
     /// the primary.
     fn committed(&mut self, epoch: EpochId, records: &mut Vec<u8>) -> Result<(), GuestError>;

@@ -395,6 +395,10 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             FrameKind::Question => {
                 let nonce: Nonce =
                     stream::body(header.kind, &self.scratch).map_err(LinkError::from)?;
+                if self.copying {
+                    let done = self.sink.lock().nearly_in_sync();
+                    done.map_err(|source| ShadowError::Apply { epoch: 0, source })?;
+                }
                 let shared = self.shared;
                 shared.backward.answer(shared.me(), self.staged(), nonce)?;
             }

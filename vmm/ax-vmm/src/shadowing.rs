@@ -104,6 +104,12 @@ impl ShadowSink for Disks {
             .map_err(failed("write the disks' initial copy"))
     }
 
+    fn nearly_in_sync(&mut self) -> Result<(), GuestError> {
+        self.0
+            .settle()
+            .map_err(failed("make the disks' initial copy durable"))
+    }
+
     fn committed(&mut self, epoch: EpochId, records: &mut Vec<u8>) -> Result<(), GuestError> {
         self.0
             .committed(epoch, records)
