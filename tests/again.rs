@@ -1,5 +1,7 @@
 //! Protection that was lost comes back by itself, whatever was lost and when.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod common;
 
 use std::time::{Duration, Instant};

@@ -1,5 +1,7 @@
 //! Mode `ha`: restarted, with every record that was acknowledged, and never run twice (rule 28).
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod common;
 
 use std::time::{Duration, Instant};

@@ -1,5 +1,7 @@
 //! The hosts of a pair, and taking one out of service.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod common;
 
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! Changing how a running VM is protected (rule 22).
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod common;
 
 use std::time::Duration;

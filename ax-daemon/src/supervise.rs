@@ -84,14 +84,14 @@ impl Daemon {
         lost: &mut bool,
         clean: &mut bool,
     ) {
-        match &event.what {
-            // One that was never granted to run was not missed by anybody.
-            What::Phase {
-                role: Role::Primary,
-                phase: Phase::Alone | Phase::Syncing { .. } | Phase::Protected,
-                ..
-            } => process.ran_guest(),
-            _ => {}
+        // One that was never granted to run was not missed by anybody.
+        if let What::Phase {
+            role: Role::Primary,
+            phase: Phase::Alone | Phase::Syncing { .. } | Phase::Protected,
+            ..
+        } = &event.what
+        {
+            process.ran_guest();
         }
         match &event.what {
             What::PeerLost { .. } => *lost = true,
