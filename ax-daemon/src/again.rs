@@ -149,7 +149,13 @@ impl Daemon {
                 Ok(())
             }
             Err(failure) => {
-                let _ = peer.call(PeerRequest::Undo { name, operation }).await;
+                let _ = peer
+                    .call(PeerRequest::Undo {
+                        name,
+                        operation,
+                        spare: true,
+                    })
+                    .await;
                 Err(failure)
             }
         }
@@ -216,7 +222,13 @@ impl Daemon {
             }
             Err(failure) => {
                 let name = name.to_owned();
-                let _ = peer.call(PeerRequest::Undo { name, operation }).await;
+                let _ = peer
+                    .call(PeerRequest::Undo {
+                        name,
+                        operation,
+                        spare: true,
+                    })
+                    .await;
                 Err(failure)
             }
         }

@@ -190,7 +190,13 @@ impl Daemon {
                 Ok(text)
             }
             Err(failure) => {
-                let _ = peer.call(PeerRequest::Undo { name, operation }).await;
+                let _ = peer
+                    .call(PeerRequest::Undo {
+                        name,
+                        operation,
+                        spare: true,
+                    })
+                    .await;
                 Err(failure)
             }
         }

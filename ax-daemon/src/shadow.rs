@@ -89,7 +89,7 @@ impl Daemon {
         match run.await {
             Ok(reply) => Ok(reply),
             Err(failure) => {
-                self.undo_shadow(&name, operation).await;
+                self.undo_shadow(&name, operation, false).await;
                 Err(failure)
             }
         }
@@ -130,7 +130,7 @@ impl Daemon {
 
     /// The asked side of [`ax_api::host::PeerRequest::Undo`]: ends the shadow of a start that failed and removes the
     /// images made for it. Why the shadow had ended by itself, if it had.
-    pub async fn undo_shadow(&self, name: &str, operation: u64) -> String {
+    pub async fn undo_shadow(&self, name: &str, operation: u64, spare: bool) -> String {
         // Unknown: never begun here, or settled. Then its process is none of this start's business.
         let Some(made) = self.made.lock().remove(&(name.to_owned(), operation)) else {
             return String::new();
@@ -139,7 +139,10 @@ impl Daemon {
             if process.exited().is_some() {
                 self.note_end(&process);
             }
-            if !self.give_up(&process).await {
+            if !spare {
+                process.kill_and_wait().await;
+                self.let_go(&process);
+            } else if !self.give_up(&process).await {
                 // Its primary failed after it had come in sync: by now it may be the one that runs the guest.
                 self.journal(name).end();
                 return "its shadow was in sync by then and stays".to_owned();

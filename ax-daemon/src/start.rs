@@ -433,6 +433,7 @@ impl Daemon {
             let undo = PeerRequest::Undo {
                 name: vm.name.clone(),
                 operation: made.operation,
+                spare: false,
             };
             // The shadow first: with its primary gone it might take over.
             match peer.call(undo).await {

@@ -95,7 +95,7 @@ impl Daemon {
                 mine.map(|(_, operation)| *operation).collect()
             };
             for operation in started {
-                self.undo_shadow(&process.name, operation).await;
+                self.undo_shadow(&process.name, operation, true).await;
             }
             if !self.give_up(&process).await {
                 continue;
@@ -135,8 +135,12 @@ impl Daemon {
                 Ok(reply) => reply,
                 Err(failure) => failure.into_reply(),
             },
-            PeerRequest::Undo { name, operation } => Reply::Done {
-                text: self.undo_shadow(&name, operation).await,
+            PeerRequest::Undo {
+                name,
+                operation,
+                spare,
+            } => Reply::Done {
+                text: self.undo_shadow(&name, operation, spare).await,
             },
             PeerRequest::Settle { name, operation } => {
                 self.settle(&name, operation);

@@ -456,6 +456,9 @@ pub enum PeerRequest {
         name: String,
         /// The start.
         operation: u64,
+        /// Leave a shadow that has come in sync: its guest goes on, and this may be the last copy of it.
+        /// Otherwise nothing is to be left of the VM on either host.
+        spare: bool,
     },
     /// A start has succeeded: keep what was made for it.
     Settle {
