@@ -19,7 +19,7 @@ fn site() -> Site {
         witness: false,
         ..patient()
     };
-    protected(spec, &[])
+    protected(spec.without_reprotection(), &[])
 }
 
 /// One that declares a silent peer lost after half a second: for cut cables.
@@ -183,21 +183,21 @@ fn a_cut_and_a_word_on_one_side_and_the_other_side_ends_when_they_meet_again() {
     require_kvm!();
     require_lab!();
     let _alone = alone();
-    for told in [Side::A, Side::B] {
-        let site = quick();
-        let clients = Clients::start(&site);
-        apart(&site, told.other());
-        is_held(&site, &clients, told);
-        word(&site, told);
-        clients.go_on(200);
-        assert_eq!(processes(&site, told.other()), 1, "it is held, no more");
-        together(&site, told.other());
-        only_on(&site, told);
-        clients.go_on(200);
-        let ended = events(&site, told.other());
-        assert!(ended.contains("the other side runs the VM"), "{ended}");
-        clients.are_content();
-    }
+    // The other way round is what happens when a host dies (above), and in the model.
+    let told = Side::A;
+    let site = quick();
+    let clients = Clients::start(&site);
+    apart(&site, told.other());
+    is_held(&site, &clients, told);
+    word(&site, told);
+    clients.go_on(200);
+    assert_eq!(processes(&site, told.other()), 1, "it is held, no more");
+    together(&site, told.other());
+    only_on(&site, told);
+    clients.go_on(200);
+    let ended = events(&site, told.other());
+    assert!(ended.contains("the other side runs the VM"), "{ended}");
+    clients.are_content();
 }
 
 #[test]
