@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use ax_sync::{Mutex, MutexGuard};
 use ax_wire::EpochId;
 use ax_wire::records::{Record, RecordKind, Records, push, record_size};
-use parking_lot::{Mutex, MutexGuard};
 
 use crate::{Clock, FtGrant, Grant, ShadowOutputs, ShadowOutputsFull, SoloGrant};
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use ax_sync::{Condvar, Mutex};
 
 /// A doorbell: rung from any thread, waited for by one. Rings before a wait are not lost.
 #[derive(Debug, Default)]

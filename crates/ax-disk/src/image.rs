@@ -3,15 +3,14 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use ax_sync::Mutex;
 use ax_wire::{Generation, PairId};
-use parking_lot::Mutex;
 
 use crate::map::{Marks, Regions, Rotation, Span};
-use crate::meta::{Basis, Condition, Identity, Meta, MetaError};
+use crate::medium::Medium;
+use crate::meta::{Basis, Condition, Meta, MetaError};
 
 /// Why an image could not be opened. Nothing has been changed.
 #[derive(Debug, thiserror::Error)]
@@ -57,13 +56,13 @@ pub enum OpenError {
 /// One image, locked for as long as this lives.
 #[derive(Debug)]
 pub struct Image {
-    file: File,
+    file: Box<dyn Medium>,
     path: PathBuf,
     size: u64,
     read_only: bool,
     /// The image once more, opened apart: the kernel tells each opened file of a failed write-back once,
     /// so that who settles the map hears of it though the guest's FLUSH has heard already.
-    apart: File,
+    apart: Box<dyn Medium>,
     /// Taken before `marks`, and held while the map is written.
     meta: Mutex<Meta>,
     marks: Mutex<Marks>,
@@ -102,17 +101,32 @@ impl Image {
             }
             Err(TryLockError::Error(source)) => return Err(failed(source)),
         }
-        let found = file.metadata().map_err(failed)?.len();
-        if found != size {
-            return Err(OpenError::Size {
-                path: path.to_path_buf(),
-                found,
-                wanted: size,
-            });
-        }
         let apart = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(failed)?;
-        let identity = identity(&file).map_err(failed)?;
-        let (meta, marks) = Meta::open(facts, pair, size, Condition::Consistent, identity)?;
+        require_size(path, &file, size)?;
+        let facts = (Meta::file(facts)?, facts);
+        let media = [file, apart].map(|file| Box::new(file) as Box<dyn Medium>);
+        Self::on(path, media, facts, pair, size, read_only)
+    }
+
+    /// As [`Self::open`], on these two handles of one image and this file of facts; nobody else has them open.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn on(
+        path: &Path,
+        [file, apart]: [Box<dyn Medium>; 2],
+        (facts, facts_at): (Box<dyn Medium>, &Path),
+        pair: PairId,
+        size: u64,
+        read_only: bool,
+    ) -> Result<Image, OpenError> {
+        require_size(path, file.as_ref(), size)?;
+        let identity = file.identity().map_err(|source| OpenError::Io {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        let fresh = Condition::Consistent;
+        let (meta, marks) = Meta::on(facts, facts_at, pair, size, fresh, identity)?;
         Ok(Image {
             file,
             path: path.to_path_buf(),
@@ -174,7 +188,7 @@ impl Image {
     /// Beyond the end, or the host's own.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         self.check(offset, out.len())?;
-        self.file.read_exact_at(out, offset)
+        self.file.read_at(out, offset)
     }
 
     /// The bits of these bytes are durable when it returns (rule 16: before the write).
@@ -201,7 +215,7 @@ impl Image {
     /// # Errors
     /// Beyond the end, read-only, or the host's own.
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.change(offset, data.len(), || self.file.write_all_at(data, offset))
+        self.change(offset, data.len(), || self.file.write_at(data, offset))
     }
 
     /// As [`Self::write`], for the guest's own write, which is in hand until [`Self::settled`]: the image
@@ -224,25 +238,19 @@ impl Image {
     /// # Errors
     /// As [`Self::write`].
     pub fn write_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
-        use nix::fcntl::{FallocateFlags, fallocate};
         let bytes = usize::try_from(len).map_err(io::Error::other)?;
-        let at = i64::try_from(offset).map_err(io::Error::other)?;
-        let span = i64::try_from(len).map_err(io::Error::other)?;
-        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         self.change(offset, bytes, || {
-            match fallocate(&self.file, punch, at, span) {
-                Err(nix::errno::Errno::EOPNOTSUPP) => {
-                    let zeros = vec![0; bytes.min(1 << 20)];
-                    (offset..offset + len)
-                        .step_by(zeros.len().max(1))
-                        .try_for_each(|at| {
-                            let n = (offset + len - at).min(zeros.len() as u64) as usize;
-                            let zeros = zeros.get(..n).unwrap_or_default();
-                            self.file.write_all_at(zeros, at)
-                        })
-                }
-                punched => Ok(punched?),
+            if self.file.punch(offset, len)? {
+                return Ok(());
             }
+            let zeros = vec![0; bytes.min(1 << 20)];
+            (offset..offset + len)
+                .step_by(zeros.len().max(1))
+                .try_for_each(|at| {
+                    let n = (offset + len - at).min(zeros.len() as u64) as usize;
+                    let zeros = zeros.get(..n).unwrap_or_default();
+                    self.file.write_at(zeros, at)
+                })
         })
     }
 
@@ -251,7 +259,7 @@ impl Image {
     /// # Errors
     /// The host's own. What has been lost is not known then: no bit is dropped any more.
     pub fn flush(&self) -> io::Result<()> {
-        let flushed = self.file.sync_data();
+        let flushed = self.file.sync();
         flushed.inspect_err(|_| self.marks.lock().doubt())
     }
 
@@ -260,7 +268,7 @@ impl Image {
     /// # Errors
     /// As [`Self::flush`].
     pub(crate) fn flush_apart(&self) -> io::Result<()> {
-        let flushed = self.apart.sync_data();
+        let flushed = self.apart.sync();
         flushed.inspect_err(|_| self.marks.lock().doubt())
     }
 
@@ -335,38 +343,27 @@ impl Image {
 
     /// The next run of bytes at or after `from` that may hold something other than zeros.
     pub(crate) fn next_data(&self, from: u64) -> io::Result<Option<std::ops::Range<u64>>> {
-        use nix::unistd::{Whence, lseek};
-        let at = i64::try_from(from).map_err(io::Error::other)?;
-        let start = match lseek(&self.file, at, Whence::SeekData) {
-            Ok(start) => start,
-            Err(nix::errno::Errno::ENXIO) => return Ok(None),
-            Err(nix::errno::Errno::EINVAL) => return Ok(Some(from..self.size)),
-            Err(e) => return Err(e.into()),
-        };
-        let end = lseek(&self.file, start, Whence::SeekHole)?;
-        Ok(Some(
-            start.max(0) as u64..(end.max(0) as u64).min(self.size),
-        ))
+        let data = self.file.next_data(from)?;
+        Ok(data.map(|data| data.start..data.end.min(self.size)))
+    }
+}
+
+fn require_size(path: &Path, file: &dyn Medium, wanted: u64) -> Result<(), OpenError> {
+    let path = path.to_path_buf();
+    match file.size() {
+        Ok(found) if found == wanted => Ok(()),
+        Ok(found) => Err(OpenError::Size {
+            path,
+            found,
+            wanted,
+        }),
+        Err(source) => Err(OpenError::Io { path, source }),
     }
 }
 
 fn span(offset: u64, len: usize) -> Span {
     let len = len as u64;
     Span { offset, len }
-}
-
-/// Which file it is. A file system that does not tell when a file was made says 0 always.
-fn identity(file: &File) -> io::Result<Identity> {
-    let facts = file.metadata()?;
-    let since = |time: io::Result<SystemTime>| {
-        let since = time.ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-        since.map_or(0, |d| d.as_nanos() as u64)
-    };
-    Ok(Identity {
-        inode: facts.ino(),
-        made: since(facts.created()),
-        changed: since(facts.modified()),
-    })
 }
 
 impl Drop for Image {
@@ -379,7 +376,9 @@ impl Image {
     /// Nothing writes the image any more: notes when its content was last changed, so that whoever changes
     /// it before it is opened again is found out. Only logged when it fails: then nobody is.
     pub fn close(&self) {
-        let closed = identity(&self.file)
+        let closed = self
+            .file
+            .identity()
             .map_err(|e| e.to_string())
             .and_then(|is| {
                 self.meta

@@ -14,6 +14,7 @@ mod apply;
 pub mod image;
 pub mod log;
 pub mod map;
+pub mod medium;
 pub mod meta;
 pub mod replica;
 pub mod rotate;
@@ -22,6 +23,7 @@ pub mod sync;
 
 pub use image::{Image, OpenError};
 pub use log::WriteLog;
+pub use medium::Medium;
 pub use meta::{Condition, Meta};
 pub use replica::Replica;
 pub use sync::{Stepped, SyncCursor, SyncProgress};

@@ -1,8 +1,8 @@
 //! The primary's log of disk writes: what the open epoch carries of disks.
 
+use ax_sync::{Condvar, Mutex};
 use ax_wire::EpochId;
 use ax_wire::records::{FLUSH_AWAITED, Record, RecordKind, push, record_size};
-use parking_lot::{Condvar, Mutex};
 
 /// A FLUSH that waits for the shadow.
 struct Awaited {

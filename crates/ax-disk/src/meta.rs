@@ -11,16 +11,16 @@
 //! are left: pages first, then the header. A crash between leaves pages of another basis than the
 //! header's: everything is dirty.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use ax_sync::Mutex;
 use ax_wire::{Generation, PairId};
-use parking_lot::Mutex;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::map::{Marks, Regions, Rotation};
+use crate::medium::Medium;
 
 pub use ax_wire::resync::REGION;
 
@@ -176,7 +176,7 @@ pub enum MetaError {
 /// The durable facts of one image.
 #[derive(Debug)]
 pub struct Meta {
-    file: File,
+    file: Box<dyn Medium>,
     path: PathBuf,
     header: Header,
 }
@@ -198,35 +198,45 @@ impl std::fmt::Debug for Header {
 }
 
 impl Meta {
+    /// The file of facts at this path, made if there is none.
+    ///
+    /// # Errors
+    /// [`MetaError::Io`].
+    pub(crate) fn file(path: &Path) -> Result<Box<dyn Medium>, MetaError> {
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
+        let file = opened.map_err(|source| MetaError::Io {
+            doing: "open",
+            path: path.to_path_buf(),
+            source,
+        })?;
+        Ok(Box::new(file))
+    }
+
     /// Opens the facts of the image of `size` bytes that is `image`, or starts them: a fresh file has
     /// condition `fresh`, generation 0 and a map relative to nothing. Returns the map as well.
     ///
     /// # Errors
     /// [`MetaError`]; no fact is changed.
-    pub(crate) fn open(
+    pub(crate) fn on(
+        file: Box<dyn Medium>,
         path: &Path,
         pair: PairId,
         size: u64,
         fresh: Condition,
         image: Identity,
     ) -> Result<(Meta, Marks), MetaError> {
-        let failed = |doing| {
-            let path = path.to_path_buf();
-            move |source| MetaError::Io {
-                doing,
-                path,
-                source,
-            }
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .map_err(failed("open"))?;
         let count = Regions::of_size(size);
-        let new = file.metadata().map_err(failed("look at"))?.len() == 0;
+        let looked = file.size().map_err(|source| MetaError::Io {
+            doing: "look at",
+            path: path.to_path_buf(),
+            source,
+        });
+        let new = looked? == 0;
         let header = if new {
             Header {
                 magic: MAGIC,
@@ -242,7 +252,7 @@ impl Meta {
                 crc: 0,
             }
         } else {
-            Self::read_header(&file, path)?
+            Self::read_header(file.as_ref(), path)?
         };
         if header.pair != pair.0 || header.size != size {
             return Err(MetaError::Foreign {
@@ -299,11 +309,10 @@ impl Meta {
         Ok((self, Marks::new(all)))
     }
 
-    fn read_header(file: &File, path: &Path) -> Result<Header, MetaError> {
-        fn read<T: FromBytes + IntoBytes>(file: &File, n: u64) -> Option<T> {
+    fn read_header(file: &dyn Medium, path: &Path) -> Result<Header, MetaError> {
+        fn read<T: FromBytes + IntoBytes>(file: &dyn Medium, n: u64) -> Option<T> {
             let mut header = T::new_zeroed();
-            file.read_exact_at(header.as_mut_bytes(), n * PAGE as u64)
-                .ok()?;
+            file.read_at(header.as_mut_bytes(), n * PAGE as u64).ok()?;
             Some(header)
         }
         let slot = |n| {
@@ -334,7 +343,7 @@ impl Meta {
     }
 
     fn sync(&self) -> Result<(), MetaError> {
-        self.file.sync_data().map_err(self.failed("make durable"))
+        self.file.sync().map_err(self.failed("make durable"))
     }
 
     fn write_header(&mut self) -> Result<(), MetaError> {
@@ -342,7 +351,7 @@ impl Meta {
         self.header.crc = sum(self.header.as_bytes());
         let at = (self.header.sequence % 2) * PAGE as u64;
         self.file
-            .write_all_at(self.header.as_bytes(), at)
+            .write_at(self.header.as_bytes(), at)
             .map_err(self.failed("write"))?;
         self.sync()
     }
@@ -353,7 +362,7 @@ impl Meta {
         for (number, first) in (0..words).step_by(WORDS_PER_PAGE).enumerate() {
             let mut page = MapPage::new_zeroed();
             let at = MAP_START + (number * PAGE) as u64;
-            let whole = self.file.read_exact_at(page.as_mut_bytes(), at).is_ok()
+            let whole = self.file.read_at(page.as_mut_bytes(), at).is_ok()
                 && page.number == number as u32
                 && page.crc == page.sum()
                 && page.basis == self.header.basis;
@@ -371,7 +380,7 @@ impl Meta {
         page.words.iter_mut().zip(words).for_each(|(p, w)| *p = *w);
         page.crc = page.sum();
         let at = MAP_START + (number * PAGE) as u64;
-        let written = self.file.write_all_at(page.as_bytes(), at);
+        let written = self.file.write_at(page.as_bytes(), at);
         written.map_err(self.failed("write"))
     }
 

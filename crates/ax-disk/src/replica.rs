@@ -3,11 +3,11 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
 
+use ax_sync::thread::{self, JoinHandle};
+use ax_sync::{Condvar, Mutex};
 use ax_wire::resync::Ask;
 use ax_wire::{EpochId, Generation};
-use parking_lot::{Condvar, Mutex};
 
 use crate::apply::{Chore, apply, each};
 use crate::image::Image;
@@ -182,10 +182,7 @@ impl Replica {
         let settling = ("disk-settle", settle as fn(&Shared));
         for (name, work) in [applying, settling] {
             let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new()
-                .name(name.into())
-                .spawn(move || work(&shared))
-                .map_err(ApplyError::Thread)?;
+            let thread = thread::spawn(name, move || work(&shared)).map_err(ApplyError::Thread)?;
             replica.threads.push(thread);
         }
         Ok(replica)

@@ -4,11 +4,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use ax_sync::Mutex;
 use ax_wire::records::{Record, RecordKind, push};
 use ax_wire::stream::{FrameKind, MAX_PAYLOAD, Refusal};
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Barrier, Clock, Gate, Release};
-use parking_lot::Mutex;
 
 use super::capture::Slot;
 use super::{PrimaryConfig, PrimaryError};

@@ -59,11 +59,9 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
         let staged = acks::read_resume(&self.shared, &mut reader)?;
         let full = self.take_up(staged)?;
         let (shared, events) = (self.shared.clone(), self.events.clone());
-        std::thread::scope(|scope| {
-            std::thread::Builder::new()
-                .name("epoch-acks".into())
-                .spawn_scoped(scope, move || acks::run(&shared, events.as_ref(), reader))
-                .map_err(LinkError::Io)?;
+        ax_sync::thread::scope(|scope| {
+            let acks = move || acks::run(&shared, events.as_ref(), reader);
+            scope.spawn("epoch-acks", acks).map_err(LinkError::Io)?;
             let result = self.drive(&mut writer, full);
             (link.close)();
             result

@@ -5,9 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ax_failpoint::Point;
+use ax_sync::Mutex;
 use ax_wire::stream::{Progress, Run, Runs};
 use ax_wire::{EpochId, PAGE_SIZE};
-use parking_lot::Mutex;
 
 use super::stage::Stage;
 use super::{CommittedState, ShadowError, ShadowSink, Shared};

@@ -4,9 +4,9 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ax_sync::Mutex;
 use ax_wire::stream::{FrameKind, Nonce, Progress, Refusal, Resume};
 use ax_wire::{EpochId, Session};
-use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
 use crate::link::{FrameWriter, LinkError};

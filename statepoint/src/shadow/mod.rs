@@ -18,11 +18,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use ax_sync::{Condvar, Mutex};
 use ax_wire::resync::Ask;
 use ax_wire::stream::{FrameError, Refusal, Resume};
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Clock, ReceivedLog, RxCounts, ShadowOutputs};
-use parking_lot::{Condvar, Mutex};
 
 use crate::guest::{GuestError, ShadowGuest};
 use crate::link::{Closer, FrameReader, LinkError, ShadowLink};
@@ -425,11 +425,9 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
         shared.stages.lock().begin();
         let guest = Mutex::new(&mut self.guest);
         let sink = Mutex::new(&mut self.sink);
-        std::thread::scope(|scope| {
-            let applier = std::thread::Builder::new()
-                .name("epoch-apply".into())
-                .spawn_scoped(scope, || apply::run(&shared, &guest, &sink))
-                .map_err(LinkError::Io)?;
+        ax_sync::thread::scope(|scope| {
+            let apply = || apply::run(&shared, &guest, &sink);
+            let applier = scope.spawn("epoch-apply", apply).map_err(LinkError::Io)?;
             let mut receiver = receive::Receiver::new(&shared, reader, &guest, &sink);
             let received = receiver.run();
             drop(receiver);

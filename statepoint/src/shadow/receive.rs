@@ -4,12 +4,12 @@ use std::convert::Infallible;
 use std::sync::atomic::Ordering;
 
 use ax_failpoint::Point;
+use ax_sync::Mutex;
 use ax_wire::records::{RecordKind, Records};
 use ax_wire::resync::Ask;
 use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce, Runs};
 use ax_wire::{EpochId, Generation};
 use io_barrier::MAX_NICS;
-use parking_lot::Mutex;
 
 use super::apply::write_runs;
 use super::stage::Stage;

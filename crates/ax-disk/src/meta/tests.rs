@@ -18,7 +18,14 @@ struct Facts {
 
 impl Facts {
     fn of(path: &Path, image: Identity) -> Result<Facts, MetaError> {
-        let (meta, marks) = Meta::open(path, PAIR, SIZE, Condition::Consistent, image)?;
+        let (meta, marks) = Meta::on(
+            Meta::file(path)?,
+            path,
+            PAIR,
+            SIZE,
+            Condition::Consistent,
+            image,
+        )?;
         let marks = Mutex::new(marks);
         Ok(Facts { meta, marks })
     }
@@ -72,7 +79,7 @@ fn a_torn_header_leaves_the_one_before() {
     facts.meta.set_generation(Generation(4)).unwrap();
     facts.meta.set_generation(Generation(5)).unwrap();
     let slot = (facts.meta.header.sequence % 2) * PAGE as u64;
-    facts.meta.file.write_all_at(&[0xee; 20], slot + 8).unwrap();
+    facts.meta.file.write_at(&[0xee; 20], slot + 8).unwrap();
     drop(facts);
     assert_eq!(reopen(&path).unwrap().meta.generation(), Generation(4));
 }
@@ -83,7 +90,7 @@ fn a_torn_map_means_everything_is_dirty() {
     let path = dir.path().join("disk0.meta");
     let facts = reopen(&path).unwrap();
     let file = &facts.meta.file;
-    file.write_all_at(&[1; 7], MAP_START + 100).unwrap();
+    file.write_at(&[1; 7], MAP_START + 100).unwrap();
     drop(facts);
     assert_eq!(reopen(&path).unwrap().dirty(), SIZE / REGION);
     std::fs::OpenOptions::new()
@@ -217,7 +224,14 @@ fn another_disks_facts_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk0.meta");
     drop(reopen(&path).unwrap());
-    let other = Meta::open(&path, PAIR, SIZE + REGION, Condition::Consistent, IMAGE);
+    let other = Meta::on(
+        Meta::file(&path).unwrap(),
+        &path,
+        PAIR,
+        SIZE + REGION,
+        Condition::Consistent,
+        IMAGE,
+    );
     assert!(matches!(other, Err(MetaError::Foreign { .. })));
     std::fs::write(&path, [1; 9000]).unwrap();
     assert!(matches!(reopen(&path), Err(MetaError::Damaged { .. })));
