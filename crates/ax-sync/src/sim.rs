@@ -27,7 +27,7 @@ pub struct Rng(pub u64);
 
 impl Rng {
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -37,7 +37,7 @@ impl Rng {
 
     /// One of `0..n`.
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n.max(1)
+        self.word() % n.max(1)
     }
 }
 
@@ -361,6 +361,16 @@ impl Here {
         if mine {
             self.turn(inner);
         }
+    }
+
+    /// True when `group` was killed and not brought back.
+    pub fn is_dead(&self, group: Group) -> bool {
+        self.world.inner.lock().dead.contains(&group)
+    }
+
+    /// New threads of a killed group may run.
+    pub fn revive(&self, group: Group) {
+        self.world.inner.lock().dead.retain(|g| *g != group);
     }
 
     /// The threads of `group` stand still for so long.

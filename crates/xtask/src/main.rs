@@ -2,6 +2,7 @@
 //!
 //! - `cargo xtask demo`: a fault-tolerant pair, a client, a dead host ([`demo`])
 //! - `cargo xtask campaign`: faults drawn by a seed, one after the other ([`campaign`])
+//! - `cargo xtask simulate`: a whole simulated pair under many seeds ([`ax_sim`])
 //! - `cargo xtask test`: every test, and by name those that could not run here ([`test`])
 //! - `cargo xtask bench`: the benches, in their own profile
 //!
@@ -39,6 +40,11 @@ enum Task {
     ///
     /// Exits 0 when nothing was lost or run twice and the guest was protected again after each.
     Campaign(campaign::Options),
+    /// A whole simulated pair, deterministically, under faults drawn from each of N seeds.
+    ///
+    /// Exits 0 when nothing was violated. A seed that violates something is named, with the command that
+    /// plays it again: `cargo xtask simulate --first SEED --seeds 1 --story`.
+    Simulate(ax_sim::run::Simulate),
     /// Run every test; list by name those that could not run here.
     Test(test::Options),
     /// Run the benches (takes minutes; arguments go to them).
@@ -71,6 +77,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Demo(options) => demo::run(&options),
         Task::Campaign(options) => campaign::run(&options),
+        Task::Simulate(options) => simulate(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench { args } => test::bench(&args),
     };
@@ -85,6 +92,14 @@ fn main() -> ExitCode {
                 Error::Failed(_) | Error::Testkit(_) => ExitCode::FAILURE,
             }
         }
+    }
+}
+
+fn simulate(options: &ax_sim::run::Simulate) -> Result<ExitCode, Error> {
+    let held = ax_sim::run::run(options, &["simulate"]);
+    match held.map_err(|e| Error::Failed(format!("the simulation: {e}")))? {
+        true => Ok(ExitCode::SUCCESS),
+        false => Ok(ExitCode::FAILURE),
     }
 }
 

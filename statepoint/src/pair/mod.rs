@@ -191,6 +191,8 @@ pub enum Phase {
     AskingHandover {
         /// What it was granted last.
         record: Record,
+        /// The shadow was lost since: it is not told, whatever is granted.
+        lost: bool,
     },
     /// Primary: parked and drained, asked to stop.
     AskingStop {

@@ -201,7 +201,10 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             },
             Event::FinalDone { .. },
         ) => (
-            Phase::AskingHandover { record },
+            Phase::AskingHandover {
+                record,
+                lost: false,
+            },
             vec![
                 Action::FreezeOutputs,
                 Action::Ask(record.generation, Change::Handover),
@@ -229,7 +232,15 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             ask_alone(record)
         }
 
-        (Phase::AskingHandover { .. }, Event::Granted(record)) => (
+        // A loss is told once: who is told to run by a side that has lost it may never answer.
+        (Phase::AskingHandover { record, .. }, Event::PeerLost) => {
+            (Phase::AskingHandover { record, lost: true }, vec![])
+        }
+        (Phase::AskingHandover { lost: true, .. }, Event::Granted(record)) => (
+            Phase::AskingAlone { record },
+            vec![Action::Ask(record.generation, Change::TakeSolo)],
+        ),
+        (Phase::AskingHandover { lost: false, .. }, Event::Granted(record)) => (
             Phase::HandedOver { record },
             vec![Action::TellShadow(record)],
         ),

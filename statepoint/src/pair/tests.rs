@@ -226,6 +226,16 @@ fn a_shadow_that_cannot_restore_what_it_acknowledged_never_asks() {
 }
 
 #[test]
+fn a_shadow_lost_while_a_hand_over_is_being_asked_for_is_not_told_and_the_guest_taken_back() {
+    let (pair, _) = play(primary_in_ft(), [Event::Failover, parked(40, true)]);
+    let (pair, actions) = play(pair, [Event::PeerLost, Event::Granted(ft(3, B, A))]);
+    assert_eq!(actions, [Action::Ask(Generation(3), Change::TakeSolo)]);
+    let (pair, actions) = pair.step(Event::Granted(alone(4, A)));
+    assert!(actions.contains(&Action::Unpark));
+    assert_eq!(pair.may_release(), Some(alone(4, A)));
+}
+
+#[test]
 fn a_planned_failover_parks_drains_asks_tells_and_swaps_the_roles() {
     let (pair, actions) = primary_in_ft().step(Event::Failover);
     assert_eq!(actions, [Action::ParkForGood]);

@@ -55,7 +55,7 @@ impl Conductor {
                     (Role::Primary, held("the arbiter"), record.generation)
                 }
                 Phase::Parking { record, .. }
-                | Phase::AskingHandover { record }
+                | Phase::AskingHandover { record, .. }
                 | Phase::AskingStop { record, .. } => {
                     (Role::Primary, Shown::Ending, record.generation)
                 }

@@ -175,7 +175,7 @@ fn record_of(phase: &Phase) -> Option<Record> {
         | Phase::Ft { record }
         | Phase::AskingAlone { record }
         | Phase::Parking { record, .. }
-        | Phase::AskingHandover { record }
+        | Phase::AskingHandover { record, .. }
         | Phase::AskingStop { record, .. }
         | Phase::HandedOver { record } => Some(*record),
         _ => None,
