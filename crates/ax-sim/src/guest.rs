@@ -82,6 +82,8 @@ struct State {
 pub struct Machine {
     state: Arc<Mutex<State>>,
     changed: Arc<Condvar>,
+    /// The two sides share its disk alone (mode `ha`): nothing of the machine is captured.
+    disk_only: bool,
 }
 
 /// Told the number of the last record on the disk, and the nonces of all that are there.
@@ -199,9 +201,9 @@ fn place(number: u64) -> u64 {
     number % SLOTS * STRIDE
 }
 
-impl Default for Machine {
+impl Machine {
     /// A machine that has not started.
-    fn default() -> Machine {
+    pub fn new(disk_only: bool) -> Machine {
         let state = State {
             memory: vec![0; PAGES * PAGE_SIZE],
             counter: Counter::Boot,
@@ -214,11 +216,14 @@ impl Default for Machine {
         Machine {
             state: Arc::new(Mutex::new(state)),
             changed: Arc::default(),
+            disk_only,
         }
     }
-}
 
-impl Machine {
+    fn shared_ram(&self) -> &[RamRegion] {
+        if self.disk_only { &[] } else { &RAM }
+    }
+
     /// Takes a saved state over; its memory is there already.
     pub fn restore(&self, saved: &[u8]) -> Result<(), String> {
         let block = StateReader::new(saved).next();
@@ -455,7 +460,7 @@ pub fn answer_of(frame: &[u8]) -> Option<(u64, u64)> {
 
 impl Guest for Machine {
     fn ram(&self) -> &[RamRegion] {
-        &RAM
+        self.shared_ram()
     }
 
     fn track_dirty(&mut self, on: bool) -> Result<(), GuestError> {
@@ -466,15 +471,24 @@ impl Guest for Machine {
     }
 
     fn dirty_estimate(&mut self) -> Result<usize, GuestError> {
+        if self.disk_only {
+            return Ok(0);
+        }
         Ok(self.state.lock().dirty.iter().filter(|d| **d).count())
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {
+        if self.disk_only {
+            return Ok(());
+        }
         self.state.lock().paused = true;
         Ok(())
     }
 
     fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError> {
+        if self.disk_only {
+            return Ok(());
+        }
         let state = self.state.lock();
         let counter = state.counter as u64;
         out.block(1, 1, 0, &counter.to_le_bytes())
@@ -482,8 +496,11 @@ impl Guest for Machine {
     }
 
     fn harvest(&mut self, dirty: &mut Vec<Page>) -> Result<(), GuestError> {
-        let mut state = self.state.lock();
         dirty.clear();
+        if self.disk_only {
+            return Ok(());
+        }
+        let mut state = self.state.lock();
         for at in 0..PAGES {
             if let Some(bit) = state.dirty.get_mut(at)
                 && std::mem::take(bit)
@@ -496,6 +513,7 @@ impl Guest for Machine {
 
     fn give_back(&mut self, pages: &[Page]) {
         let mut state = self.state.lock();
+        // None are given back that were not harvested.
         for at in pages.iter().filter_map(|page| page_at(*page)) {
             if let Some(bit) = state.dirty.get_mut(at) {
                 *bit = true;
@@ -512,6 +530,9 @@ impl Guest for Machine {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
+        if self.disk_only {
+            return Ok(());
+        }
         self.park(false);
         Ok(())
     }
@@ -519,7 +540,7 @@ impl Guest for Machine {
 
 impl ShadowGuest for Machine {
     fn ram(&self) -> &[RamRegion] {
-        &RAM
+        self.shared_ram()
     }
 
     fn write_pages(&mut self, first: Page, data: &[u8]) -> Result<(), GuestError> {

@@ -33,6 +33,8 @@ const BEAT: Duration = Duration::from_millis(6);
 const STALL: u64 = 400_000_000;
 /// W of rule 24.
 const PERMISSION: u64 = 5_000_000;
+/// As long outputs leave after an acknowledgement in mode `ha` (rule 28).
+pub const LEASE: u64 = 90_000_000;
 const MARGIN: u64 = 1_000_000;
 /// How long the arbiter may take before it is asked again.
 const AGAIN: u64 = 15_000_000;
@@ -387,7 +389,7 @@ fn parts(
     Ok(Parts {
         universe: Arc::clone(universe),
         mine: mine.clone(),
-        machine: Machine::default(),
+        machine: Machine::new(universe.setting.ha),
         image: Arc::new(image),
         log: Arc::new(log),
         barrier: Arc::new(barrier),
@@ -608,6 +610,7 @@ impl Process {
             Input::Said(who, word) => self.said(who.0, word),
             Input::Order(Order::Failover) => {
                 let settled = self.turning.is_none() && self.protection.is_some();
+                let settled = settled && !self.parts.universe.setting.ha;
                 if settled && matches!(self.phase(), Some(Phase::Ft { .. })) {
                     self.step(Event::Failover);
                 }
@@ -620,14 +623,22 @@ impl Process {
         }
     }
 
+    /// How long after its last acknowledgement the other side may still show outputs.
+    fn permission(&self) -> u64 {
+        match self.parts.universe.setting.ha {
+            true => LEASE + LEASE / 50 + MARGIN,
+            false => PERMISSION + MARGIN,
+        }
+    }
+
     fn hear(&mut self, change: Option<Change>, answer: Result<Record, Refusal>) {
         match (change, answer) {
             (None, Ok(record)) => {
                 let me = self.parts.mine.me;
                 let other = record.holder().is_some_and(|m| m.side != me.side);
                 if other && record.shadow().is_some() {
-                    // Its permission of some moment ago is over first (rule 24).
-                    self.here.sleep(Duration::from_nanos(PERMISSION + MARGIN));
+                    // Its permission of some moment ago is over first (rules 24, 28).
+                    self.here.sleep(Duration::from_nanos(self.permission()));
                 }
                 let flush = self.parts.universe.flush();
                 let (pair, actions) = Pair::starting(me, flush, record.generation);
@@ -769,7 +780,10 @@ impl Process {
             })),
             Action::FreezeOutputs => self.parts.barrier.freeze(),
             Action::HoldOutputs => {
-                self.parts.barrier.start_holding();
+                match self.parts.universe.setting.ha {
+                    true => self.parts.barrier.start_leasing(LEASE),
+                    false => self.parts.barrier.start_holding(),
+                };
             }
             Action::ReleaseAlone(record) => self.release_alone(&record),
             Action::ReleaseAcked(record) => self.release_acked(&record),
@@ -779,7 +793,7 @@ impl Process {
                 }
             }
             Action::AwaitPermissionOver => {
-                self.permission_over = Some(self.here.now() + PERMISSION + MARGIN);
+                self.permission_over = Some(self.here.now() + self.permission());
                 if self.breaks(Broken::Permission) {
                     self.permission_over = Some(self.here.now());
                 }
@@ -806,7 +820,12 @@ impl Process {
                 self.parts.log.release_flushes();
             }
             Action::ParkForGood => match &self.protection {
-                Some(protection) => protection.engine.request_final_epoch(),
+                Some(protection) => {
+                    if self.parts.universe.setting.ha {
+                        self.parts.machine.park(true);
+                    }
+                    protection.engine.request_final_epoch();
+                }
                 None => {
                     self.parts.machine.park(true);
                     self.final_epoch(self.last_epoch);
@@ -894,7 +913,9 @@ impl Process {
         *self.parts.releases.lock() = record.generation.0;
         match &self.protection {
             Some(protection) => {
-                self.parts.barrier.protect(grant);
+                if !self.parts.universe.setting.ha {
+                    self.parts.barrier.protect(grant);
+                }
                 protection.engine.granted(record.generation);
             }
             None => {
@@ -911,6 +932,12 @@ impl Process {
         let shadowing = self.shadowing.as_mut().ok_or("no session")?;
         let committed = shadowing.finish().ok_or("nothing is committed")?;
         shadowing.replica.settle().map_err(|e| e.to_string())?;
+        if self.parts.universe.setting.ha {
+            // The guest boots.
+            self.last_epoch = committed.epoch;
+            self.prepared = Some(committed);
+            return Ok(());
+        }
         let mut machine = self.parts.machine.clone();
         if protected {
             use statepoint::guest::Guest;

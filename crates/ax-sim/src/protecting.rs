@@ -21,7 +21,7 @@ use statepoint::shadow::CommittedState;
 
 use crate::guest::Machine;
 use crate::net::{Connection, Mailbox};
-use crate::process::{DETECT, Input, Parts};
+use crate::process::{DETECT, Input, LEASE, Parts};
 use crate::universe::{Running, Universe, place};
 
 /// What it tells the process's main thread.
@@ -160,7 +160,7 @@ fn dial(universe: &Universe, mine: &Running, to: &Running) -> Option<[Connection
     Some(both)
 }
 
-fn config(session: Session, shadow: &Running, start: Start) -> PrimaryConfig {
+fn config(session: Session, shadow: &Running, start: Start, ha: bool) -> PrimaryConfig {
     let mut config = PrimaryConfig::new(session, shadow.me.incarnation, start);
     config.slot_bytes = 12 * 4096;
     config.state_bytes = 4096;
@@ -169,6 +169,7 @@ fn config(session: Session, shadow: &Running, start: Start) -> PrimaryConfig {
     config.verify_every = 5;
     config.copy_rest = 6;
     config.copy_rounds = 6;
+    config.lease_ns = ha.then_some(LEASE);
     config
 }
 
@@ -199,7 +200,7 @@ impl Protection {
             copied: false,
         };
         let (engine, handle) = PrimaryEngine::new(
-            config(session, &shadow, start),
+            config(session, &shadow, start, universe.setting.ha),
             parts.machine.clone(),
             source,
             Arc::new(events),

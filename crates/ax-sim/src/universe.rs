@@ -112,6 +112,8 @@ pub struct Wish {
 pub struct Setting {
     /// Every FLUSH is durable on both sides.
     pub sync: bool,
+    /// Mode `ha`: the two sides share the disk alone, and outputs leave by a lease.
+    pub ha: bool,
     /// What is broken, if anything.
     pub broken: Option<Broken>,
     /// The only fault to strike.
@@ -169,8 +171,10 @@ impl Universe {
     /// Two equal hosts, a stopped VM that either may start.
     pub fn new(seed: u64, wish: Wish) -> Arc<Universe> {
         let mut rng = Rng(seed ^ 0xd15c);
+        let ha = rng.below(4) == 0;
         let setting = Setting {
-            sync: rng.below(3) == 0,
+            sync: ha || rng.below(3) == 0,
+            ha,
             broken: wish.broken,
             only: wish.only,
         };
