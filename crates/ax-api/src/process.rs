@@ -383,6 +383,18 @@ pub enum What {
         /// How it was noticed: `death-notice`, `silence`, `stall`, `link-error`.
         how: String,
     },
+    /// Nothing of the peer comes by one of the paths to it; it is heard on another.
+    PathLost {
+        /// The shadow's address on it.
+        address: IpAddr,
+        /// How it was noticed: `silence`, `one-way` (the peer hears nothing of this side), `link-error`.
+        how: String,
+    },
+    /// It works again.
+    PathBack {
+        /// The shadow's address on it.
+        address: IpAddr,
+    },
     /// A promotion is complete; the guest runs here.
     Promoted {
         /// Epoch it goes on from.

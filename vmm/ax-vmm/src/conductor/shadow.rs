@@ -5,6 +5,7 @@ use std::sync::mpsc;
 
 use ax_api::process::What;
 use ax_failpoint::Point;
+use ax_link::Stream;
 use ax_wire::Session;
 use ax_wire::peer::PeerMessage;
 use statepoint::pair::{Event, Phase};
@@ -37,6 +38,16 @@ impl Conductor {
         self.shadowing = Some(shadowing);
         self.show();
         Ok(())
+    }
+
+    /// The primary lost the connection that the conversation went over.
+    pub(super) fn talk_goes_on(&mut self, session: Session, peer: Stream) -> Result<(), Error> {
+        match &self.shadowing {
+            Some(shadowing) if shadowing.primary.incarnation == session.incarnation => {
+                shadowing.converse(peer)
+            }
+            _ => Ok(()), // closed: this process follows nobody any more
+        }
     }
 
     /// Gets ready to follow the primary with this session.
