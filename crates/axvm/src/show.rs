@@ -290,6 +290,8 @@ fn details(report: &VmReport) -> String {
             "process",
             format!("{} on {}: {what}", process.pid, process.host),
         ));
+        let paths = process.status.iter().flat_map(|status| &status.paths);
+        lines.extend(paths.map(|path| ("  path", path.to_string())));
     }
     lines
         .into_iter()

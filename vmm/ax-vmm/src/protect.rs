@@ -27,6 +27,7 @@ use statepoint::primary::{
 use statepoint::shadow::CommittedState;
 use vmm::MachineHandle;
 
+use crate::board::Services;
 use crate::error::Error;
 use crate::guest::{EpochGuest, Part};
 use crate::maps::MapKeeper;
@@ -423,6 +424,12 @@ impl Protection {
     /// How each path serves the stream.
     pub fn service(&self) -> Vec<Service> {
         self.standbys.service()
+    }
+
+    /// The same, to be asked for at any time.
+    pub fn services(&self) -> Services {
+        let standbys = Arc::clone(&self.standbys);
+        Box::new(move || standbys.service())
     }
 
     /// The arbiter granted a new generation: heartbeats and frames carry it.

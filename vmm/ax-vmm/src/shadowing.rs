@@ -22,6 +22,7 @@ use statepoint::shadow::{
     CommittedState, Inheritance, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle, ShadowSink,
 };
 
+use crate::board::Services;
 use crate::error::Error;
 use crate::guest::{EpochGuest, Part};
 use crate::outside::Taps;
@@ -314,15 +315,13 @@ impl Shadowing {
 
     /// How each path serves the stream.
     pub fn service(&self) -> Vec<Service> {
-        let (active, waiting) = self.waiting.service();
-        let paths = self.paths.now().into_iter();
-        let service = |view: ax_link::heartbeat::PathView| Service {
-            address: view.address,
-            state: view.state,
-            carries: active == Some(view.address),
-            ready: waiting.contains(&view.address),
-        };
-        paths.map(service).collect()
+        self.waiting.service(&self.paths)
+    }
+
+    /// The same, to be asked for at any time.
+    pub fn services(&self) -> Services {
+        let (waiting, paths) = (self.waiting.clone(), self.paths.clone());
+        Box::new(move || waiting.service(&paths))
     }
 
     /// Gives the sentinel the heartbeat connection; true when it has it.

@@ -272,6 +272,9 @@ impl Standbys {
     /// How each path serves the stream.
     pub fn service(&self) -> Vec<Service> {
         let state = self.state.lock();
+        if state.stopped {
+            return Vec::new();
+        }
         let active = state.active.as_ref().map(|(path, _)| *path);
         let paths = self.paths.now().into_iter().enumerate();
         let service = |(path, view): (usize, ax_link::heartbeat::PathView)| Service {

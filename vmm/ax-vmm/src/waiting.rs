@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use ax_link::Stream;
+use ax_link::heartbeat::{PathView, PathViews};
 use ax_wire::peer::PeerMessage;
 use parking_lot::Mutex;
 use statepoint::link::{Closer, ShadowLink};
 
 use crate::session;
+use crate::standby::Service;
 
 #[derive(Default)]
 struct State {
@@ -102,11 +104,20 @@ impl Waiting {
             .map(drop)
     }
 
-    /// The path that the stream goes over, and those on which a pair waits.
-    pub fn service(&self) -> (Option<IpAddr>, Vec<IpAddr>) {
+    /// How each path serves the stream; none once the following has ended.
+    pub fn service(&self, paths: &PathViews) -> Vec<Service> {
         let state = self.0.lock();
-        let active = state.active.as_ref().map(|(at, _)| *at);
-        (active, state.waiting.iter().map(|(at, _)| *at).collect())
+        if state.links.is_none() {
+            return Vec::new();
+        }
+        let at = |(at, _): &(IpAddr, Closer)| *at;
+        let service = |view: PathView| Service {
+            address: view.address,
+            state: view.state,
+            carries: state.active.as_ref().map(at) == Some(view.address),
+            ready: state.waiting.iter().map(at).any(|at| at == view.address),
+        };
+        paths.now().into_iter().map(service).collect()
     }
 
     /// No more links: the engine's thread ends with the one it has.

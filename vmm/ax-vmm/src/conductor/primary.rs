@@ -192,6 +192,7 @@ impl Conductor {
         };
         match begun {
             Ok(protection) => {
+                self.board.goes_by(protection.services());
                 self.protection = Some(protection);
                 self.turned();
                 dial.answer(Reply::Done);

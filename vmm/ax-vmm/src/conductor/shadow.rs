@@ -69,6 +69,7 @@ impl Conductor {
         };
         let shadowing = Shadowing::begin(&self.parts, primary, setting, tell)?;
         self.board.follows(Some(shadowing.engine.clone()));
+        self.board.goes_by(shadowing.services());
         Ok(shadowing)
     }
 
