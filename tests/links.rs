@@ -14,13 +14,16 @@ use testkit::site::{Side, Site, SiteSpec};
 use testkit::{require_kvm, require_lab};
 
 /// A path counts as lost after a third of this.
-const EXTRA: &str = "detect_ms = 600\nstall_ms = 5000\n";
+const TIMES: &str = "detect_ms = 600\nstall_ms = 5000\n";
+/// An acknowledgement permits nothing once it is as old as this (rule 24): longer than the cable's way there
+/// and back may take, or nothing would ever be released.
+const SLOW_LINK: &str = "permission_ms = 120\n";
 /// Answers that every client must get for the guest to count as going on.
 const ANSWERS: u64 = 50;
 
-fn site(links: u8, user_links: u8) -> Site {
+fn site(links: u8, user_links: u8, more: &str) -> Site {
     let spec = SiteSpec {
-        extra: EXTRA.into(),
+        extra: format!("{TIMES}{more}"),
         ..SiteSpec::default()
     };
     protected(spec.with_links(links, user_links), &[])
@@ -59,6 +62,9 @@ fn until_redundant(site: &Site) {
 /// What must not change: who runs the guest, who is its shadow, under which generation.
 fn who(site: &Site) -> Vec<String> {
     let of = |side| {
+        for lost in site.told(side, "vm", "peer-lost").unwrap() {
+            panic!("{} lost the other side: {lost}", side.name());
+        }
         let status = status(site, side);
         assert_eq!(status["phase"]["is"], "protected", "{status}");
         let facts = ["role", "incarnation", "generation"];
@@ -85,7 +91,7 @@ fn either_of_two_cables_is_pulled_in_each_way_and_nobody_notices() {
     require_kvm!();
     require_lab!();
     let _alone = alone();
-    let site = site(2, 0);
+    let site = site(2, 0, "");
     let clients = Clients::start(&site);
     until_redundant(&site);
     let began = who(&site);
@@ -143,7 +149,7 @@ fn a_cable_that_delays_and_reorders_frames_breaks_nothing() {
     require_kvm!();
     require_lab!();
     let _alone = alone();
-    let site = site(0, 1);
+    let site = site(0, 1, SLOW_LINK);
     let clients = Clients::start(&site);
     let began = who(&site);
     let ms = Duration::from_millis;
