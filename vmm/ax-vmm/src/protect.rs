@@ -33,7 +33,7 @@ use crate::guest::{EpochGuest, Part};
 use crate::maps::MapKeeper;
 use crate::parts::Parts;
 use crate::session::{self, SessionError, Talk};
-use crate::standby::{Service, Standbys};
+use crate::standby::{Keeping, Service, Standbys};
 
 /// How long the shadow may take to hear of an orderly stop.
 const STOPPED_PATIENCE: Duration = Duration::from_secs(2);
@@ -236,7 +236,7 @@ pub struct Protection {
     pub engine: PrimaryHandle,
     beats: Arc<Beats>,
     sentinel: Option<Sentinel>,
-    standbys: Arc<Standbys>,
+    standbys: Keeping,
     talk: Talk,
     tell: Tell,
     orders: mpsc::Sender<Order>,

@@ -370,7 +370,9 @@ impl Gathering {
         };
         let parts = &mut self.parts;
         let taken = match preamble.channel() {
-            Channel::Peer if parts.formed && parts.session == Some(session) => {
+            Channel::Peer
+                if !self.door.is_open() && parts.formed && parts.session == Some(session) =>
+            {
                 return match incoming.accept() {
                     Ok(peer) => Took::Talk(session, Box::new(peer)),
                     Err(error) => {
@@ -402,7 +404,7 @@ impl Gathering {
             }
         }
         let took = parts.whole();
-        if matches!(took, Took::Whole(_)) {
+        if matches!(&took, Took::Whole(gathered) if gathered.peer.is_some()) {
             self.door.shut();
         }
         took

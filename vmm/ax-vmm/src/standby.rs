@@ -86,6 +86,24 @@ impl std::fmt::Debug for Standbys {
     }
 }
 
+/// Ends the keeping when it is dropped.
+#[derive(Debug)]
+pub struct Keeping(pub Arc<Standbys>);
+
+impl std::ops::Deref for Keeping {
+    type Target = Arc<Standbys>;
+
+    fn deref(&self) -> &Arc<Standbys> {
+        &self.0
+    }
+}
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
 /// How one path serves the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -100,7 +118,7 @@ pub struct Service {
 }
 
 impl Standbys {
-    /// Begins to keep a pair ready on each way of `connector`; ends with [`Standbys::stop`].
+    /// Begins to keep a pair ready on each way of `connector`.
     ///
     /// # Errors
     /// A thread could not be started.
@@ -108,7 +126,7 @@ impl Standbys {
         connector: &Connector,
         session: Session,
         paths: PathViews,
-    ) -> std::io::Result<Arc<Standbys>> {
+    ) -> std::io::Result<Keeping> {
         let ways = connector.each().into_iter();
         let ways: Vec<_> = ways.map(|(peer, way)| (peer.ip(), way)).collect();
         let ready = ways.iter().map(|_| None).collect();
@@ -122,6 +140,7 @@ impl Standbys {
             session,
             paths,
         });
+        let this = Keeping(this);
         for path in 0..this.ways.len() {
             let its = Arc::clone(&this);
             std::thread::Builder::new()
