@@ -6,7 +6,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::talk::{SIDES, text, vm_processes};
+use common::talk::{SIDES, text, until_state, vm_processes};
 use common::{Clients, alone, eventually, protected};
 use serde_json::Value;
 use testkit::net::{Cable, Shape, Toward};
@@ -131,6 +131,16 @@ fn either_of_two_cables_is_pulled_in_each_way_and_nobody_notices() {
     site.run_axvm(Side::A, &["failover", "vm"]).unwrap();
     clients.go_on(ANSWERS);
     assert_eq!(site.primary(Side::B, "vm").unwrap(), Some(Side::B));
+    // A death is a death: its notice comes by the cable that is left.
+    site.run_axvm(Side::B, &["kill", "vm"]).unwrap();
+    clients.go_on(ANSWERS);
+    let how = site.told(Side::A, "vm", "peer-lost").unwrap();
+    assert!(
+        how.iter().all(|lost| lost["how"] == "death-notice"),
+        "{how:?}"
+    );
+    assert_eq!(how.len(), 1);
+    until_state(&site, Side::A, "vm", "protected");
     // With the second cable gone as well it is as with one: exactly one side goes on.
     site.lab.links[0].silence_both().unwrap();
     clients.go_on(ANSWERS);
