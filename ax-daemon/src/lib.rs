@@ -39,6 +39,7 @@ pub mod maintenance;
 pub mod mode;
 pub mod ops;
 pub mod pair;
+pub mod paths;
 pub mod peer;
 pub mod process;
 pub mod run;

@@ -83,6 +83,11 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             maintenance: self.in_maintenance(),
             memory: crate::daemon::memory(),
+            paths: self
+                .peer
+                .as_ref()
+                .map(|peer| peer.paths())
+                .unwrap_or_default(),
             ..HostReport::default()
         };
         for process in self.reports().await {

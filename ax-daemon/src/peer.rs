@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::host::{Code, MAX_LINE, PeerReport, PeerRequest, ProcessReport, Reply, Request};
+use ax_api::report::HostPath;
 use ax_link::{AddressPair, Connector, HostName, Preamble, Security, Stream};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -18,6 +19,7 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 use crate::config::{Config, Peer};
 use crate::console::Console;
 use crate::failure::Failure;
+use crate::paths::Path;
 
 /// How long the other host may say nothing.
 pub const SILENCE: Duration = Duration::from_secs(5);
@@ -35,6 +37,8 @@ pub struct PeerLink {
     connector: Connector,
     /// What was last known of it: reachable, or why not. None before the first try.
     state: Mutex<Option<Result<(), String>>>,
+    /// Each of its addresses, how it is and the way there.
+    paths: Vec<(Mutex<Path>, Connector)>,
 }
 
 impl PeerLink {
@@ -48,12 +52,60 @@ impl PeerLink {
             .name
             .parse()
             .map_err(|e: ax_link::NameError| Failure::new(Code::Usage, e.to_string()))?;
+        let connector = Connector::new(security, paths.collect(), Some(expected)).timeout(OPENING);
+        let ways = connector.each().into_iter();
         Ok(PeerLink {
             host: config.name.clone(),
             name: peer.name.clone(),
-            connector: Connector::new(security, paths.collect(), Some(expected)).timeout(OPENING),
+            connector,
             state: Mutex::new(None),
+            paths: ways
+                .map(|(address, way)| (Mutex::new(Path::new(address)), way))
+                .collect(),
         })
+    }
+
+    /// Each of its addresses, as this host finds them.
+    pub fn paths(&self) -> Vec<HostPath> {
+        self.paths
+            .iter()
+            .map(|(path, _)| path.lock().report())
+            .collect()
+    }
+
+    /// Whether it answers at one of its addresses, blocking.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn try_path(&self, path: usize) -> Result<(), String> {
+        let Some((_, way)) = self.paths.get(path) else {
+            return Ok(());
+        };
+        let failed = |e: &dyn std::fmt::Display| e.to_string();
+        let stream = way
+            .open(Preamble::rpc())
+            .map_err(|e| crate::failure::chain(&e))?;
+        stream
+            .set_read_timeout(Some(OPENING))
+            .and_then(|()| stream.set_write_timeout(Some(OPENING)))
+            .map_err(|e| failed(&e))?;
+        let hello = PeerRequest::Hello {
+            host: self.host.clone(),
+        };
+        let mut stream = BufReader::new(stream);
+        write_line(stream.get_mut(), &hello).map_err(|e| failed(&e))?;
+        match read_line::<Reply>(&mut stream).map_err(|e| failed(&e))? {
+            Some(Reply::Version { host, .. }) if host == self.name => Ok(()),
+            Some(Reply::Version { host, .. }) => Err(format!("host {host} answers there")),
+            Some(other) => Err(self.unexpected(&other).why),
+            None => Err("it closed the connection".to_owned()),
+        }
+    }
+
+    /// What came of [`PeerLink::try_path`]; the line for the operator, if it is news.
+    pub fn path_tried(&self, path: usize, outcome: Result<(), String>) -> Option<String> {
+        let (path, _) = self.paths.get(path)?;
+        path.lock().tried(outcome, &self.name)
     }
 
     /// The other host's name.

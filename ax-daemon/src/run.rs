@@ -131,6 +131,7 @@ pub fn run(config: Config) -> Result<(), Failure> {
         }
         tokio::spawn(server::serve_users(daemon.clone(), listener));
         tokio::spawn(daemon.clone().keep_in_touch());
+        daemon.look_after_paths();
         if daemon.config.reprotect {
             tokio::spawn(daemon.clone().keep_protected());
         }

@@ -339,6 +339,7 @@ fn main() {
                 pages: [0; 2],
                 link_bytes_per_second: 0,
                 oldest_held_us: 0,
+                paths: Vec::new(),
             },
             events: vec![],
             console: vec![],

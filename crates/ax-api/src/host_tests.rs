@@ -51,6 +51,7 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
             pages: [0; 2],
             link_bytes_per_second: 0,
             oldest_held_us: 0,
+            paths: Vec::new(),
         }),
     }
 }

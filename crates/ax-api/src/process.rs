@@ -241,6 +241,51 @@ pub struct Status {
     pub link_bytes_per_second: u64,
     /// Age of the oldest held output, microseconds; 0 with none.
     pub oldest_held_us: u64,
+    /// The paths to the other side, while there is one.
+    #[serde(default)]
+    pub paths: Vec<PathReport>,
+}
+
+/// One path between the two processes of a pair: a dedicated link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathReport {
+    /// The shadow's address on it.
+    pub address: IpAddr,
+    /// How it is.
+    pub state: PathState,
+    /// The epoch stream goes over it.
+    pub carries: bool,
+    /// A connection waits there for the stream to go over it.
+    pub ready: bool,
+}
+
+/// How a path is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PathState {
+    /// Nothing has come by it yet.
+    New,
+    /// Heartbeats come and go.
+    Up,
+    /// It worked and does not now.
+    Lost,
+}
+
+impl std::fmt::Display for PathReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = match self.state {
+            PathState::New => "not up yet",
+            PathState::Up => "up",
+            PathState::Lost => "LOST",
+        };
+        write!(f, "{}: {state}", self.address)?;
+        if self.carries {
+            f.write_str(", carries the epochs")?;
+        } else if self.ready {
+            f.write_str(", ready to")?;
+        }
+        Ok(())
+    }
 }
 
 /// What finding and sending the blocks of the disks took that differ, bytes.
@@ -382,6 +427,18 @@ pub enum What {
     PeerLost {
         /// How it was noticed: `death-notice`, `silence`, `stall`, `link-error`.
         how: String,
+    },
+    /// Nothing of the peer comes by one of the paths to it; it is heard on another.
+    PathLost {
+        /// The shadow's address on it.
+        address: IpAddr,
+        /// How it was noticed: `silence`, `one-way` (the peer hears nothing of this side), `link-error`.
+        how: String,
+    },
+    /// It works again.
+    PathBack {
+        /// The shadow's address on it.
+        address: IpAddr,
     },
     /// A promotion is complete; the guest runs here.
     Promoted {

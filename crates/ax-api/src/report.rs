@@ -1,5 +1,7 @@
 //! How a VM is, taken over both hosts.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::process::{Phase, Role, Status};
@@ -192,6 +194,17 @@ pub struct PeerReport {
     pub why: String,
 }
 
+/// A network that the two hosts share, as one of them finds it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPath {
+    /// Where the other host's axd is asked.
+    pub address: SocketAddr,
+    /// Whether it answers there; none before that is known.
+    pub up: Option<bool>,
+    /// Why not; empty when it does.
+    pub why: String,
+}
+
 /// A host of the pair.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostReport {
@@ -211,4 +224,7 @@ pub struct HostReport {
     pub runs: Vec<String>,
     /// VMs whose shadow is there.
     pub shadows: Vec<String>,
+    /// The networks by which it asks the other host.
+    #[serde(default)]
+    pub paths: Vec<HostPath>,
 }

@@ -53,6 +53,16 @@ impl Connector {
         self
     }
 
+    /// One connector per way to the peer, the preferred first: each dials that one alone.
+    pub fn each(&self) -> Vec<(SocketAddr, Connector)> {
+        let only = |path: &AddressPair| {
+            let paths = vec![*path];
+            let this = self.clone();
+            (path.peer, Connector { paths, ..this })
+        };
+        self.paths.iter().map(only).collect()
+    }
+
     /// The same, not reading the trust store from disk any more.
     pub(crate) fn frozen(&self) -> Connector {
         Connector {

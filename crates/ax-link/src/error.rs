@@ -140,6 +140,9 @@ pub enum LinkError {
         /// Why not.
         source: io::Error,
     },
+    /// More paths than a session watches.
+    #[error("a heartbeat connection by one more path than the {0} that are watched")]
+    TooManyPaths(usize),
     /// The sentinel has ended.
     #[error("the sentinel has ended; start another for the new session")]
     SentinelEnded,

@@ -221,3 +221,32 @@ pub(crate) fn linger(sock: &TcpStream, deadline: Instant) {
         }
     }
 }
+
+/// Has the socket's close reset the connection, so that the peer reads an error and no end.
+pub(crate) fn reset_on_close(sock: &TcpStream) {
+    let now = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    // Only a socket that has ended refuses.
+    let _ = setsockopt(sock, sockopt::Linger, &now);
+}
+
+/// Whether TCP calls the connection established: nobody has ended or reset it.
+pub(crate) fn is_established(sock: &TcpStream) -> bool {
+    /// `TCP_ESTABLISHED` of <linux/tcp.h>.
+    const ESTABLISHED: u8 = 1;
+    // The first byte of tcp_info is the state.
+    let (mut state, mut len) = (0u8, 1);
+    // SAFETY: the kernel writes at most `len` bytes to `state`, and `len` itself; both outlive the call.
+    let got = unsafe {
+        libc::getsockopt(
+            sock.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut state).cast(),
+            &raw mut len,
+        )
+    };
+    got == 0 && state == ESTABLISHED
+}

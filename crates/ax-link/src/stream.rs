@@ -65,6 +65,20 @@ impl Stream {
         self.peer
     }
 
+    /// This end's address.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.sock.local_addr()
+    }
+
+    /// Whether neither side has ended the connection, as far as this host has heard. Says nothing of what
+    /// waits to be read.
+    pub fn is_established(&self) -> bool {
+        crate::sock::is_established(&self.sock)
+    }
+
     /// Name and address, for messages.
     pub fn describe(&self) -> String {
         match &self.name {

@@ -183,6 +183,7 @@ impl Peer {
             session: session(2),
             seq,
             progress: Progress::default(),
+            deaf: false,
         }
         .encode()
     }
@@ -227,12 +228,14 @@ fn what_cannot_be_read_is_not_a_death_and_the_connection_is_made_anew() {
         session: session(3),
         seq: 9,
         progress: Progress::default(),
+        deaf: false,
     };
     let stream = peer.recovers_from(stream, &other.encode());
     let reflected = Beat::Alive {
         session: session(1),
         seq: 9,
         progress: Progress::default(),
+        deaf: false,
     };
     let mut stream = peer.recovers_from(stream, &reflected.encode());
 

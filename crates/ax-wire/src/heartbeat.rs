@@ -43,6 +43,9 @@ pub enum Beat {
         seq: u64,
         /// How far it has come.
         progress: Progress,
+        /// Nothing of the receiver reaches the sender on this connection, though on another it does: this
+        /// path carries one way only. Builds that do not know it send and read it as false.
+        deaf: bool,
     },
     /// The sender ends on purpose; the end of this connection is not a death.
     Goodbye(Session),
@@ -66,7 +69,8 @@ struct Raw {
     applied: little_endian::U64,
     acked: little_endian::U64,
     oldest_held_ns: little_endian::U64,
-    zero: [u8; 4],
+    deaf: u8,
+    zero: [u8; 3],
     crc: little_endian::U32,
 }
 
@@ -99,10 +103,15 @@ impl Beat {
 
     /// The bytes to send.
     pub fn encode(&self) -> [u8; BEAT] {
-        let (kind, seq, p) = match self {
-            Beat::Alive { seq, progress, .. } => (1, *seq, *progress),
-            Beat::Goodbye(_) => (2, 0, Progress::default()),
-            Beat::Broken(_) => (3, 0, Progress::default()),
+        let (kind, seq, p, deaf) = match self {
+            Beat::Alive {
+                seq,
+                progress,
+                deaf,
+                ..
+            } => (1, *seq, *progress, *deaf),
+            Beat::Goodbye(_) => (2, 0, Progress::default(), false),
+            Beat::Broken(_) => (3, 0, Progress::default(), false),
         };
         let session = self.session();
         let mut raw = Raw {
@@ -119,7 +128,8 @@ impl Beat {
             applied: p.applied.0.into(),
             acked: p.acked.0.into(),
             oldest_held_ns: p.oldest_held_ns.into(),
-            zero: [0; 4],
+            deaf: deaf.into(),
+            zero: [0; 3],
             crc: 0.into(),
         };
         raw.crc = crc32fast::hash(raw.as_bytes()).into();
@@ -151,11 +161,13 @@ impl Beat {
         if session.incarnation.0 == 0 {
             return Err(BeatError::Field("incarnation"));
         }
-        let pending = match raw.pending {
-            0 => false,
-            1 => true,
-            _ => return Err(BeatError::Field("pending flag")),
+        let flag = |byte, what| match byte {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(BeatError::Field(what)),
         };
+        let pending = flag(raw.pending, "pending flag")?;
+        let deaf = flag(raw.deaf, "deaf flag")?;
         Ok(match raw.kind {
             1 => Beat::Alive {
                 session,
@@ -168,6 +180,7 @@ impl Beat {
                     oldest_held_ns: raw.oldest_held_ns.get(),
                     pending,
                 },
+                deaf,
             },
             2 => Beat::Goodbye(session),
             3 => Beat::Broken(session),
@@ -193,6 +206,7 @@ mod tests {
                 oldest_held_ns: 1_000_000,
                 pending: true,
             },
+            deaf: true,
         }
     }
 

@@ -1,6 +1,7 @@
 //! The hosts, for people.
 
 use ax_api::host::HostReport;
+use ax_api::report::HostPath;
 use ax_api::units::Bytes;
 
 fn state(host: &HostReport) -> &'static str {
@@ -46,7 +47,23 @@ pub fn table(hosts: &[HostReport], arbiter: &str) -> String {
         text.push('\n');
     }
     text.push_str(&format!("arbiter: {arbiter}\n"));
+    for host in hosts {
+        let lost = host.paths.iter().filter(|path| path.up == Some(false));
+        text.extend(lost.map(|path| {
+            let (host, at, why) = (&host.host, path.address, &path.why);
+            format!("LOST PATH: {host} has no answer at {at}: {why}\n")
+        }));
+    }
     text
+}
+
+fn path(path: &HostPath) -> String {
+    let at = path.address;
+    match path.up {
+        Some(true) => format!("{at}: up"),
+        Some(false) => format!("{at}: LOST: {}", path.why),
+        None => format!("{at}: not known yet"),
+    }
 }
 
 /// All about one.
@@ -63,6 +80,7 @@ pub fn details(host: &HostReport) -> String {
             ("runs", names(&host.runs)),
             ("shadows", names(&host.shadows)),
         ]);
+        lines.extend(host.paths.iter().map(|at| ("path", path(at))));
     } else {
         lines.push(("why", host.why.clone()));
     }

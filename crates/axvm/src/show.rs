@@ -290,6 +290,8 @@ fn details(report: &VmReport) -> String {
             "process",
             format!("{} on {}: {what}", process.pid, process.host),
         ));
+        let paths = process.status.iter().flat_map(|status| &status.paths);
+        lines.extend(paths.map(|path| ("  path", path.to_string())));
     }
     lines
         .into_iter()
@@ -331,6 +333,12 @@ fn event_line(event: &HostEvent) -> String {
                 format!("{role}: {}, generation {}", phase_text(phase), generation.0)
             }
             What::PeerLost { how } => format!("lost the other side: {how}"),
+            What::PathLost { address, how } => {
+                format!("lost the path by {address} to the other side: {how}")
+            }
+            What::PathBack { address } => {
+                format!("the path by {address} to the other side works again")
+            }
             What::Promoted { epoch, took_us } => format!(
                 "took over at epoch {epoch}, {}.{:03} ms after the notice",
                 took_us / 1000,

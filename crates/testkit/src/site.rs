@@ -53,6 +53,13 @@ impl Default for SiteSpec {
 }
 
 impl SiteSpec {
+    /// With so many dedicated links, and so many more through user space.
+    #[must_use]
+    pub fn with_links(mut self, links: u8, user_links: u8) -> SiteSpec {
+        (self.lab.links, self.lab.user_links) = (links, user_links);
+        self
+    }
+
     /// With VMs that stay without a shadow once they have lost theirs, so that a test can look at that.
     #[must_use]
     pub fn without_reprotection(mut self) -> SiteSpec {
@@ -402,7 +409,8 @@ impl Site {
             Side::A => addr::link_a,
             Side::B => addr::link_b,
         };
-        let links = 0..self.spec.lab.links;
+        let lab = self.spec.lab;
+        let links = 0..lab.links.saturating_add(lab.user_links);
         let mut peer = vec![format!("{peer_ip}:{AXD_PORT}")];
         peer.extend(
             links

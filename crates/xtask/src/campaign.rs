@@ -5,6 +5,7 @@
 //! judged at the end of the run. A fault that takes both copies (both hosts without power) may cost the
 //! guest's memory, never a record it has acknowledged: it is started anew, and the ledger read back.
 
+mod cables;
 mod fault;
 
 use std::net::SocketAddr;
@@ -188,7 +189,7 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
 
 /// A site with the VM protected on it.
 fn begin() -> Result<Site, Error> {
-    let site = Site::new(SiteSpec::default())?;
+    let site = Site::new(SiteSpec::default().with_links(1, 1))?;
     let cmdline = format!("ip={GUEST}/{}", addr::LAN_PREFIX);
     let mut args = vec!["start", VM, "--mode", "ft", "--probe", "--memory", "96M"];
     args.extend(["--disk", "vm.img,size=64M", "--net", "tap=axtap0"]);

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ax_api::process::{DiskSync, PauseParts, Phase, Role, Spec, Status};
+use ax_api::process::{DiskSync, PathReport, PathState, PauseParts, Phase, Role, Spec, Status};
 use ax_api::vm::Mode;
 use ax_wire::{Generation, Incarnation};
 use parking_lot::Mutex;
@@ -14,9 +14,26 @@ use statepoint::shadow::ShadowHandle;
 use statepoint::stats::{Reading, Snapshot, Summary};
 
 use crate::parts::EngineBell;
+use crate::standby::Service;
 
 /// What status tells of times and sizes is of so long a time.
 const RECENT: Duration = Duration::from_secs(5);
+
+/// How the paths serve the epoch stream, at the moment of asking.
+pub type Services = Box<dyn Fn() -> Vec<Service> + Send>;
+
+fn report(service: &Service) -> PathReport {
+    PathReport {
+        address: service.address,
+        state: match service.state {
+            ax_link::heartbeat::PathState::New => PathState::New,
+            ax_link::heartbeat::PathState::Up => PathState::Up,
+            ax_link::heartbeat::PathState::Lost => PathState::Lost,
+        },
+        carries: service.carries,
+        ready: service.ready,
+    }
+}
 
 struct Facts {
     role: Role,
@@ -28,6 +45,7 @@ struct Facts {
     generation: Generation,
     listen: Vec<SocketAddr>,
     shadow: Option<ShadowHandle>,
+    paths: Services,
     sample: (Instant, u64),
     rate: f64,
     /// Readings of the present engine, the oldest at least [`RECENT`] ago if it has run for so long.
@@ -91,6 +109,7 @@ impl Board {
             generation: Generation(0),
             listen: Vec::new(),
             shadow: None,
+            paths: Box::new(Vec::new),
             sample: (Instant::now(), 0),
             rate: 0.0,
             readings: VecDeque::new(),
@@ -121,6 +140,11 @@ impl Board {
     /// The engine that follows a primary, if one does.
     pub fn follows(&self, engine: Option<ShadowHandle>) {
         self.facts.lock().shadow = engine;
+    }
+
+    /// Where it is read how the paths to the other side serve the epoch stream.
+    pub fn goes_by(&self, paths: Services) {
+        self.facts.lock().paths = paths;
     }
 
     /// A new phase; true if it differs from the one before in more than progress.
@@ -183,6 +207,7 @@ impl Board {
             pages: [0; 2],
             link_bytes_per_second: 0,
             oldest_held_us: 0,
+            paths: (facts.paths)().iter().map(report).collect(),
         };
         self.bell.with(|engine: &PrimaryHandle| {
             let (past, span) = facts.recent(&engine.reading());

@@ -223,6 +223,7 @@ mod tests {
                 pages: [0; 2],
                 link_bytes_per_second: 0,
                 oldest_held_us: 0,
+                paths: Vec::new(),
             }),
             events: Events::new(),
             console: Console::new(),

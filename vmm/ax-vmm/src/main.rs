@@ -25,7 +25,9 @@ mod seen;
 mod selfcheck;
 mod session;
 mod shadowing;
+mod standby;
 mod tap;
+mod waiting;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

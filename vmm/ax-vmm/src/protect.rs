@@ -3,15 +3,15 @@
 //! [`Protection`] is the conductor's handle; its thread runs the engine over one connection after
 //! the other until it is told to stop, the peer is given up, or the final epoch is acknowledged.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ax_disk::{Stepped, SyncCursor, WriteLog};
 use ax_link::heartbeat::{Line, LinkEvent, ProgressSource, Sentinel, Timing as LinkTiming};
-use ax_link::{Channel, Connector, Preamble, Stream};
+use ax_link::{Channel, Connector, Preamble};
 use ax_wire::heartbeat::Progress;
 use ax_wire::peer::PeerMessage;
 use ax_wire::record::Record;
@@ -20,7 +20,6 @@ use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Boottime, MAX_NICS, RxCounts};
 use parking_lot::Mutex;
 use statepoint::guest::GuestError;
-use statepoint::link::PrimaryLink;
 use statepoint::primary::{
     DiskSync, Ended, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError, PrimaryEvents,
     PrimaryHandle, Start,
@@ -28,11 +27,13 @@ use statepoint::primary::{
 use statepoint::shadow::CommittedState;
 use vmm::MachineHandle;
 
+use crate::board::Services;
 use crate::error::Error;
 use crate::guest::{EpochGuest, Part};
 use crate::maps::MapKeeper;
 use crate::parts::Parts;
 use crate::session::{self, SessionError, Talk};
+use crate::standby::{Keeping, Service, Standbys};
 
 /// How long the shadow may take to hear of an orderly stop.
 const STOPPED_PATIENCE: Duration = Duration::from_secs(2);
@@ -235,6 +236,7 @@ pub struct Protection {
     pub engine: PrimaryHandle,
     beats: Arc<Beats>,
     sentinel: Option<Sentinel>,
+    standbys: Keeping,
     talk: Talk,
     tell: Tell,
     orders: mpsc::Sender<Order>,
@@ -271,25 +273,6 @@ pub struct Setting {
     pub nics: usize,
     /// What of the guest the shadow shares.
     pub part: Part,
-}
-
-fn primary_link(forward: Stream, backward: Stream) -> std::io::Result<PrimaryLink> {
-    let ends = [forward.closer()?, backward.closer()?];
-    Ok(PrimaryLink {
-        forward: Box::new(forward),
-        backward: Box::new(backward),
-        close: Arc::new(move || ends.iter().for_each(ax_link::Closer::close)),
-    })
-}
-
-fn redial(
-    connector: &Connector,
-    session: Session,
-    until: Instant,
-) -> Result<PrimaryLink, SessionError> {
-    let open = |channel| connector.open_until(Preamble::of(channel, session), until);
-    let (forward, backward) = (open(Channel::Forward)?, open(Channel::Backward)?);
-    primary_link(forward, backward).map_err(|e| SessionError::Talk(e.to_string()))
 }
 
 impl Protection {
@@ -337,21 +320,34 @@ impl Protection {
         });
         let link = |e: ax_link::LinkError| Error::Link(e.to_string());
         let told = Arc::clone(&tell);
+        let first = Arc::new(OnceLock::<(Arc<Standbys>, Arc<session::Line>)>::new());
+        let moves = Arc::clone(&first);
         let sentinel = Sentinel::start(
             session,
             timing,
             Line::Dial(connector.clone()),
             Arc::clone(&beats) as Arc<dyn ProgressSource>,
-            move |event: LinkEvent| told(Protecting::Link(event)),
+            move |event: LinkEvent| {
+                // The stream and the conversation leave a lost path at once, whatever the conductor does.
+                if let Some((standbys, line)) = moves.get() {
+                    standbys.heard(&event);
+                    line.leave(|at| standbys.is_lost(at));
+                }
+                told(Protecting::Link(event));
+            },
         )
         .map_err(link)?;
         let (orders, todo) = mpsc::channel();
-        let (forward, backward) = (dialled.forward, dialled.backward);
-        let talk = Talk::start(dialled.peer).map_err(Error::Thread)?;
+        let standbys = Standbys::start(&connector, session, sentinel.paths());
+        let standbys = standbys.map_err(Error::Thread)?;
+        let reopen = move || Ok(connector.open(Preamble::of(Channel::Peer, session))?);
+        let talk = Talk::start(dialled.peer, Box::new(reopen)).map_err(Error::Thread)?;
+        let _ = first.set((Arc::clone(&standbys), Arc::clone(talk.line())));
+        let pairs = Arc::clone(&standbys);
         let said = Arc::clone(&tell);
         let patience = timing.detect;
         let run = move || {
-            let mut next = primary_link(forward, backward).map_err(|e| e.to_string());
+            let mut next = pairs.first(dialled.pair).map_err(|e| e.to_string());
             loop {
                 let ended = match next {
                     Ok(link) => engine.run(link).map_err(|e| match e {
@@ -370,8 +366,8 @@ impl Protection {
                                     tell(Protecting::Lost(error.to_string()));
                                     break;
                                 }
-                                next = redial(&connector, session, Instant::now() + patience)
-                                    .map_err(|e| e.to_string());
+                                let until = Instant::now() + patience;
+                                next = pairs.next(until).map_err(|e| e.to_string());
                             }
                             Ok(Order::End(Parked::GoesOn)) => break,
                             Ok(Order::HandOver(reply)) => {
@@ -385,7 +381,7 @@ impl Protection {
                         tracing::warn!(%why, "the epoch stream ended");
                         let until = Instant::now() + patience.max(Duration::from_millis(20));
                         next = match again {
-                            true => redial(&connector, session, until).map_err(|e| e.to_string()),
+                            true => pairs.next(until).map_err(|e| e.to_string()),
                             false => Err(why.clone()),
                         };
                         if next.is_err() {
@@ -417,11 +413,23 @@ impl Protection {
             engine: handle,
             beats,
             sentinel: Some(sentinel),
+            standbys,
             talk,
             tell: said,
             orders,
             thread: Some(thread),
         })
+    }
+
+    /// How each path serves the stream.
+    pub fn service(&self) -> Vec<Service> {
+        self.standbys.service()
+    }
+
+    /// The same, to be asked for at any time.
+    pub fn services(&self) -> Services {
+        let standbys = Arc::clone(&self.standbys);
+        Box::new(move || standbys.service())
     }
 
     /// The arbiter granted a new generation: heartbeats and frames carry it.
@@ -469,6 +477,7 @@ impl Protection {
     /// epoch left it and dirty pages still tracked. None if that is not how it is.
     pub fn hand_over(mut self, parts: &Parts) -> Option<HandedOver> {
         parts.bell.set(None);
+        self.standbys.stop();
         let (reply, committed) = mpsc::channel();
         let _ = self.orders.send(Order::HandOver(reply));
         // Without a final epoch the thread does not look at its orders: it ends by this.
@@ -496,6 +505,7 @@ impl Protection {
     /// epoch does as `parked` says.
     pub fn end(mut self, parts: &Parts, goodbye: bool, parked: Parked) {
         parts.bell.set(None);
+        self.standbys.stop();
         self.engine.stop();
         let _ = self.orders.send(Order::End(parked));
         if let Some(thread) = self.thread.take() {

@@ -1,20 +1,27 @@
 //! The connections of one session between a primary and its shadow.
 //!
 //! The primary dials four: *peer* (handshake first, then messages and answers), *heartbeat* (owned
-//! by the sentinel), *forward* and *backward* (owned by the epoch engines). All carry the same
-//! session in their preamble; the shadow takes them as one.
+//! by the sentinel, one on every path), *forward* and *backward* (owned by the epoch engines). All carry
+//! the same session in their preamble; the shadow takes them as one. Later pairs of *forward* and *backward*,
+//! one on every path, wait until the stream goes over them ([`crate::standby`]), and the conversation goes on
+//! over another *peer* connection when the one before is lost.
 
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use ax_link::heartbeat::MAX_PATHS;
 use ax_link::{Channel, Closer, Connector, Incoming, LinkError, Preamble, Stream, handshake};
 use ax_wire::Session;
 use ax_wire::frame::{FrameHeader, FrameKind, HEADER};
 use ax_wire::hello::Hello;
 use ax_wire::peer::PeerMessage;
+use parking_lot::Mutex;
+
+use crate::standby::Pair;
 
 /// How long a handshake may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -65,10 +72,8 @@ pub fn receive(stream: &mut Stream) -> Result<PeerMessage, SessionError> {
 pub struct Dialled {
     /// Messages and answers.
     pub peer: Stream,
-    /// Epochs.
-    pub forward: Stream,
-    /// Acknowledgements.
-    pub backward: Stream,
+    /// Epochs and acknowledgements.
+    pub pair: Pair,
     /// What the other side said of itself.
     pub theirs: Hello,
 }
@@ -83,19 +88,23 @@ pub fn dial(
     mine: &Hello,
     session: Session,
 ) -> Result<Dialled, SessionError> {
-    let open = |channel| connector.open(Preamble::of(channel, session));
-    let mut peer = open(Channel::Peer)?;
+    let mut peer = connector.open(Preamble::of(Channel::Peer, session))?;
     let (theirs, _) = handshake::exchange(&mut peer, mine, PATIENCE)?;
-    let forward = open(Channel::Forward)?;
-    let backward = open(Channel::Backward)?;
+    // Both on one path, and rather on that which answered just now.
+    let at = peer.peer_addr();
+    let mut ways = connector.each();
+    ways.sort_by_key(|(way, _)| *way != at);
+    let mut opened = Err(talk("no way to the shadow is known"));
+    for (_, way) in &ways {
+        opened = Pair::open(way, session);
+        if opened.is_ok() {
+            break;
+        }
+    }
+    let pair = opened?;
     send(&mut peer, PeerMessage::Begin)?;
     match receive(&mut peer)? {
-        PeerMessage::Done => Ok(Dialled {
-            peer,
-            forward,
-            backward,
-            theirs,
-        }),
+        PeerMessage::Done => Ok(Dialled { peer, pair, theirs }),
         other => Err(talk(format!(
             "the shadow answered {other:?} to the beginning"
         ))),
@@ -110,7 +119,84 @@ pub type Answer = Box<dyn FnOnce(Result<PeerMessage, SessionError>) + Send>;
 #[derive(Debug)]
 pub struct Talk {
     say: mpsc::Sender<(PeerMessage, Answering)>,
-    close: Option<Closer>,
+    line: Arc<Line>,
+}
+
+/// The connection that the conversation goes over, to be ended from other threads.
+#[derive(Debug)]
+pub struct Line {
+    /// The shadow's address, and the end; none once it has been ended.
+    now: Mutex<Option<(IpAddr, Closer)>>,
+    over: AtomicBool,
+}
+
+impl Line {
+    /// Ends it if `lost` says so of the shadow's address: the conversation goes on over another.
+    pub fn leave(&self, lost: impl FnOnce(IpAddr) -> bool) {
+        let mut now = self.now.lock();
+        if now.as_ref().is_some_and(|(at, _)| lost(*at))
+            && let Some((_, closer)) = now.take()
+        {
+            closer.close();
+        }
+    }
+
+    fn over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Where it goes on, and how it is ended.
+    fn take_up(&self, peer: &Stream) -> std::io::Result<()> {
+        *self.now.lock() = Some((peer.peer_addr().ip(), peer.closer()?));
+        if self.over() {
+            self.leave(|_| true);
+        }
+        Ok(())
+    }
+}
+
+/// Opens another connection to the shadow for the conversation.
+pub type Reopen = Box<dyn Fn() -> Result<Stream, SessionError> + Send>;
+
+/// The thread's state.
+struct Speaker {
+    peer: Stream,
+    reopen: Reopen,
+    line: Arc<Line>,
+    broken: bool,
+}
+
+impl Speaker {
+    /// Says one thing and hears the answer. What means the same said twice is said again when the
+    /// connection is lost on the way.
+    fn ask(&mut self, message: PeerMessage) -> Result<PeerMessage, SessionError> {
+        let again = !matches!(message, PeerMessage::Follow(_) | PeerMessage::Begin);
+        let fresh = self.line.now.lock().is_some() && !self.broken;
+        if fresh {
+            let heard = self.once(message.clone());
+            if heard.is_ok() || !again {
+                return heard;
+            }
+        }
+        self.anew()?;
+        self.once(message)
+    }
+
+    fn once(&mut self, message: PeerMessage) -> Result<PeerMessage, SessionError> {
+        let heard = send(&mut self.peer, message).and_then(|()| receive(&mut self.peer));
+        self.broken = heard.is_err();
+        heard
+    }
+
+    fn anew(&mut self) -> Result<(), SessionError> {
+        if self.line.over() {
+            return Err(talk("it has ended"));
+        }
+        self.peer = (self.reopen)()?;
+        self.line.take_up(&self.peer).map_err(talk)?;
+        self.broken = false;
+        Ok(())
+    }
 }
 
 struct Answering(Answer);
@@ -126,26 +212,32 @@ impl Talk {
     ///
     /// # Errors
     /// The thread could not be started.
-    pub fn start(mut peer: Stream) -> std::io::Result<Talk> {
-        let close = peer.closer()?;
+    pub fn start(peer: Stream, reopen: Reopen) -> std::io::Result<Talk> {
+        let line = Arc::new(Line {
+            now: Mutex::new(None),
+            over: AtomicBool::new(false),
+        });
+        line.take_up(&peer)?;
+        let mut speaker = Speaker {
+            peer,
+            reopen,
+            line: Arc::clone(&line),
+            broken: false,
+        };
         let (say, said) = mpsc::channel::<(PeerMessage, Answering)>();
         std::thread::Builder::new()
             .name("peer-talk".into())
             .spawn(move || {
-                let mut broken = false;
                 for (message, Answering(answer)) in said {
-                    let heard = match broken {
-                        true => Err(talk("it has ended")),
-                        false => send(&mut peer, message).and_then(|()| receive(&mut peer)),
-                    };
-                    broken = heard.is_err();
-                    answer(heard);
+                    answer(speaker.ask(message));
                 }
             })?;
-        Ok(Talk {
-            say,
-            close: Some(close),
-        })
+        Ok(Talk { say, line })
+    }
+
+    /// The connection it goes over.
+    pub fn line(&self) -> &Arc<Line> {
+        &self.line
     }
 
     /// Says one thing; `answer` is called with what comes back, or why nothing does.
@@ -179,9 +271,8 @@ impl Talk {
 
 impl Drop for Talk {
     fn drop(&mut self) {
-        if let Some(close) = &self.close {
-            close.close();
-        }
+        self.line.over.store(true, Ordering::Release);
+        self.line.leave(|_| true);
     }
 }
 
@@ -220,16 +311,25 @@ pub struct Gathering {
 struct Parts {
     session: Option<Session>,
     peer: Option<Stream>,
+    /// Halves of pairs, by the address they came to.
+    halves: Vec<Half>,
+    formed: bool,
+}
+
+#[derive(Debug)]
+struct Half {
+    at: IpAddr,
     forward: Option<Stream>,
     backward: Option<Stream>,
-    formed: bool,
 }
 
 /// The shadow's ends of a whole session, but the heartbeat's.
 #[derive(Debug)]
 pub struct Gathered {
-    /// Messages and answers; none when only the epoch stream was made anew (rule 10).
+    /// Messages and answers; none of a pair that waits for the epoch stream to go over it (rule 10).
     pub peer: Option<Stream>,
+    /// This side's address on their path.
+    pub at: IpAddr,
     /// Epochs.
     pub forward: Stream,
     /// Acknowledgements.
@@ -245,8 +345,10 @@ pub enum Took {
     Nothing,
     /// It is the heartbeat's: the sentinel takes it.
     Heartbeat(Incoming),
-    /// The session is whole.
+    /// The session is whole, or has one more pair.
     Whole(Box<Gathered>),
+    /// The conversation goes on over this one.
+    Talk(Session, Box<Stream>),
 }
 
 impl Gathering {
@@ -268,6 +370,17 @@ impl Gathering {
         };
         let parts = &mut self.parts;
         let taken = match preamble.channel() {
+            Channel::Peer
+                if !self.door.is_open() && parts.formed && parts.session == Some(session) =>
+            {
+                return match incoming.accept() {
+                    Ok(peer) => Took::Talk(session, Box::new(peer)),
+                    Err(error) => {
+                        tracing::warn!(%error, "a conversation did not go on");
+                        Took::Nothing
+                    }
+                };
+            }
             Channel::Peer if !self.door.is_open() => {
                 incoming.refuse("this process waits for no primary now");
                 return Took::Nothing;
@@ -277,14 +390,7 @@ impl Gathering {
                 incoming.refuse("no such session: the handshake comes first");
                 return Took::Nothing;
             }
-            Channel::Forward => incoming
-                .accept()
-                .map(|s| parts.forward = Some(s))
-                .map_err(Into::into),
-            Channel::Backward => incoming
-                .accept()
-                .map(|s| parts.backward = Some(s))
-                .map_err(Into::into),
+            channel @ (Channel::Forward | Channel::Backward) => parts.half(channel, incoming),
             Channel::Heartbeat => return Took::Heartbeat(incoming),
             _ => {
                 incoming.refuse("the processes of a pair do not use this channel");
@@ -298,7 +404,7 @@ impl Gathering {
             }
         }
         let took = parts.whole();
-        if matches!(took, Took::Whole(_)) {
+        if matches!(&took, Took::Whole(gathered) if gathered.peer.is_some()) {
             self.door.shut();
         }
         took
@@ -320,15 +426,41 @@ impl Parts {
         Ok(())
     }
 
+    fn half(&mut self, channel: Channel, incoming: Incoming) -> Result<(), SessionError> {
+        let stream = incoming.accept()?;
+        let at = stream.local_addr().map_err(talk)?.ip();
+        let known = self.halves.iter().position(|half| half.at == at);
+        let place = known.unwrap_or(self.halves.len());
+        if place >= MAX_PATHS {
+            return Err(talk("more paths than a session has"));
+        }
+        if known.is_none() {
+            self.halves.push(Half {
+                at,
+                forward: None,
+                backward: None,
+            });
+        }
+        if let Some(half) = self.halves.get_mut(place) {
+            match channel {
+                Channel::Forward => half.forward = Some(stream),
+                _ => half.backward = Some(stream),
+            }
+        }
+        Ok(())
+    }
+
     fn whole(&mut self) -> Took {
-        let (forward, backward, session) =
-            match (self.forward.take(), self.backward.take(), self.session) {
-                (Some(forward), Some(backward), Some(session)) => (forward, backward, session),
-                (forward, backward, _) => {
-                    (self.forward, self.backward) = (forward, backward);
-                    return Took::Nothing;
-                }
-            };
+        let is_whole = |half: &Half| half.forward.is_some() && half.backward.is_some();
+        let Some(place) = self.halves.iter().position(is_whole) else {
+            return Took::Nothing;
+        };
+        let half = self.halves.swap_remove(place);
+        let (Some(forward), Some(backward), Some(session)) =
+            (half.forward, half.backward, self.session)
+        else {
+            return Took::Nothing;
+        };
         let mut peer = self.peer.take();
         let begun = peer.as_mut().map_or(Ok(()), |peer| match receive(peer)? {
             PeerMessage::Begin => send(peer, PeerMessage::Done),
@@ -339,6 +471,7 @@ impl Parts {
                 self.formed = true;
                 Took::Whole(Box::new(Gathered {
                     peer,
+                    at: half.at,
                     forward,
                     backward,
                     session,

@@ -6,7 +6,9 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use ax_disk::Replica;
-use ax_link::heartbeat::{Line, LinkEvent, ProgressSource, Sentinel, Timing as LinkTiming};
+use ax_link::heartbeat::{
+    Line, LinkEvent, PathViews, ProgressSource, Sentinel, Timing as LinkTiming,
+};
 use ax_link::{Incoming, Stream};
 use ax_wire::heartbeat::Progress;
 use ax_wire::peer::PeerMessage;
@@ -20,11 +22,14 @@ use statepoint::shadow::{
     CommittedState, Inheritance, ShadowConfig, ShadowEngine, ShadowEvents, ShadowHandle, ShadowSink,
 };
 
+use crate::board::Services;
 use crate::error::Error;
 use crate::guest::{EpochGuest, Part};
 use crate::outside::Taps;
 use crate::parts::Parts;
 use crate::session::{self, Gathered};
+use crate::standby::Service;
+use crate::waiting::Waiting;
 
 /// Committed epochs whose disk writes may wait to be applied.
 const DISK_BACKLOG: usize = 2;
@@ -160,7 +165,8 @@ pub struct Shadowing {
     /// The disks.
     pub replica: Arc<Replica>,
     sentinel: Option<Sentinel>,
-    links: Option<mpsc::Sender<ShadowLink>>,
+    waiting: Waiting,
+    paths: PathViews,
     thread: Option<JoinHandle<()>>,
     tell: Tell,
 }
@@ -184,15 +190,6 @@ pub struct Setting {
     pub from: Option<Inheritance>,
     /// What of the guest it shares.
     pub part: Part,
-}
-
-fn shadow_link(forward: Stream, backward: Stream) -> std::io::Result<ShadowLink> {
-    let ends = [forward.closer()?, backward.closer()?];
-    Ok(ShadowLink {
-        forward: Box::new(forward),
-        backward: Box::new(backward),
-        close: Arc::new(move || ends.iter().for_each(ax_link::Closer::close)),
-    })
 }
 
 /// Hands the primary's messages to the conductor and its answers back, until the conversation ends.
@@ -269,42 +266,62 @@ impl Shadowing {
             primary,
             engine: handle,
             replica,
+            paths: sentinel.paths(),
             sentinel: Some(sentinel),
-            links: Some(links),
+            waiting: Waiting::new(links),
             thread: Some(thread),
             tell,
         })
     }
 
-    /// Takes the connections of this session, the first or those made anew after a broken one.
+    /// Takes the connections of this session: the first, or a pair that is to wait until the stream goes
+    /// over it.
     ///
     /// # Errors
     /// A thread could not be started.
     pub fn join(&mut self, gathered: Gathered) -> Result<(), Error> {
         let Gathered {
             peer,
+            at,
             forward,
             backward,
             ..
         } = gathered;
-        if let Some(peer) = peer {
-            let tell = Arc::clone(&self.tell);
-            std::thread::Builder::new()
-                .name("peer-talk".into())
-                .spawn(move || converse(peer, &tell))
-                .map_err(Error::Thread)?;
-        }
-        match shadow_link(forward, backward) {
-            Ok(link) => {
-                // The engine reads one connection at a time: the old one ends first.
-                self.engine.disconnect();
-                if let Some(links) = &self.links {
-                    let _ = links.send(link);
-                }
+        let joined = match peer {
+            Some(peer) => {
+                self.converse(peer)?;
+                self.waiting.take_up(at, forward, backward)
             }
-            Err(error) => tracing::warn!(%error, "a connection could not be used"),
+            None => self.waiting.keep(at, forward, backward),
+        };
+        if let Err(error) = joined {
+            tracing::warn!(%error, "a connection could not be used");
         }
         Ok(())
+    }
+
+    /// Answers what the primary says on this connection.
+    ///
+    /// # Errors
+    /// A thread could not be started.
+    pub fn converse(&self, peer: Stream) -> Result<(), Error> {
+        let tell = Arc::clone(&self.tell);
+        std::thread::Builder::new()
+            .name("peer-talk".into())
+            .spawn(move || converse(peer, &tell))
+            .map(drop)
+            .map_err(Error::Thread)
+    }
+
+    /// How each path serves the stream.
+    pub fn service(&self) -> Vec<Service> {
+        self.waiting.service(&self.paths)
+    }
+
+    /// The same, to be asked for at any time.
+    pub fn services(&self) -> Services {
+        let (waiting, paths) = (self.waiting.clone(), self.paths.clone());
+        Box::new(move || waiting.service(&paths))
     }
 
     /// Gives the sentinel the heartbeat connection; true when it has it.
@@ -322,7 +339,7 @@ impl Shadowing {
     /// Ends the stream, waits until every acknowledged epoch is applied, and returns what may be
     /// promoted (I2); none if nothing may. Acknowledgements must have been frozen.
     pub fn finish(&mut self) -> Option<CommittedState> {
-        self.links = None;
+        self.waiting.end();
         self.engine.disconnect();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -332,6 +349,7 @@ impl Shadowing {
 
     /// Ends the sentinel: with a goodbye, or as a cut.
     pub fn leave(mut self, goodbye: bool) {
+        self.waiting.end();
         if let Some(sentinel) = self.sentinel.take()
             && goodbye
         {

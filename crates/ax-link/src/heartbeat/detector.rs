@@ -5,6 +5,8 @@ use std::time::Duration;
 use ax_wire::EpochId;
 use ax_wire::heartbeat::Progress;
 
+use super::PathLoss;
+
 /// The times of the sentinel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
@@ -71,10 +73,22 @@ pub enum LinkEventKind {
         /// The peer's.
         theirs: Progress,
     },
-    /// The connection ended by an error, not by a death; it is made anew (rule 10).
+    /// A connection ended by an error, not by a death; it is made anew (rule 10).
     Broken {
         /// What went wrong.
         reason: String,
+    },
+    /// A path that worked does not any more; the peer is heard on another.
+    PathLost {
+        /// Its number in [`PathViews::now`](super::PathViews::now).
+        path: usize,
+        /// How.
+        how: PathLoss,
+    },
+    /// It works again.
+    PathBack {
+        /// Its number.
+        path: usize,
     },
     /// The peer's end of the connection closed without a goodbye: its process has died.
     DeathNotice,

@@ -1,33 +1,42 @@
 //! The handle of the sentinel: starting, handing it a connection, saying goodbye.
 
-use std::io::IoSlice;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 
 use ax_wire::Session;
 use ax_wire::heartbeat::Progress;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use parking_lot::Mutex;
 
+use super::dial::Dialling;
+use super::handoff::Handoff;
+use super::paths::{MAX_PATHS, PathState};
 use super::watch::{self, Watch};
 use super::{LinkEvent, LinkEventKind, ProgressSource, Timing};
-use crate::stream::Parts;
 use crate::{Connector, LinkError, Stream};
 
-/// How the liveness connection comes to be.
+/// How the liveness connections come to be: one for each path.
 #[derive(Clone, Debug)]
 pub enum Line {
-    /// This side dials, and dials again after a [`LinkEventKind::Broken`].
+    /// This side dials each path of the connector, and again whenever its connection is lost.
     Dial(Connector),
     /// The peer dials; every heartbeat channel accepted for this session is given to
     /// [`Sentinel::attach`].
     Await,
+}
+
+/// One path to the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathView {
+    /// The awaiting side's address on it: both sides name the path by that.
+    pub address: IpAddr,
+    /// How it is.
+    pub state: PathState,
 }
 
 /// Who is told. Called from an ordinary thread, one event at a time.
@@ -62,6 +71,49 @@ pub(super) const GOODBYE: u8 = 2;
 pub(super) struct Shared {
     pub(super) command: AtomicU8,
     pub(super) peer: Mutex<Option<PeerView>>,
+    /// The thread has ended.
+    pub(super) over: AtomicBool,
+    paths: [AtomicU8; MAX_PATHS],
+}
+
+impl Shared {
+    pub(super) fn set_path(&self, path: usize, state: PathState) {
+        if let Some(at) = self.paths.get(path) {
+            at.store(state as u8, Ordering::Release);
+        }
+    }
+
+    fn path(&self, path: usize) -> PathState {
+        let at = self.paths.get(path).map(|at| at.load(Ordering::Acquire));
+        let all = [PathState::Up, PathState::Lost];
+        let known = all.into_iter().find(|state| at == Some(*state as u8));
+        known.unwrap_or_default()
+    }
+}
+
+/// What the present state of each path is read from, by any thread.
+#[derive(Clone)]
+pub struct PathViews {
+    shared: Arc<Shared>,
+    handoff: Arc<Handoff>,
+}
+
+impl std::fmt::Debug for PathViews {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.now()).finish()
+    }
+}
+
+impl PathViews {
+    /// Every path, by number.
+    pub fn now(&self) -> Vec<PathView> {
+        let paths = self.handoff.paths().into_iter().enumerate();
+        let view = |(path, address)| PathView {
+            address,
+            state: self.shared.path(path),
+        };
+        paths.map(view).collect()
+    }
 }
 
 /// Watches one peer for one session; see the module's story.
@@ -71,7 +123,7 @@ pub(super) struct Shared {
 pub struct Sentinel {
     shared: Arc<Shared>,
     wake: EventFd,
-    handoff: Mutex<(OwnedFd, Sender<Parts>)>,
+    handoff: Arc<Handoff>,
     /// Kept here too, so that the thread, in whose table they would mean something else, is
     /// never the one to drop what the source may own.
     _progress: Arc<dyn ProgressSource>,
@@ -115,28 +167,44 @@ impl Sentinel {
             SockFlag::SOCK_CLOEXEC,
         )
         .map_err(system("make a socket pair"))?;
-        let (parts_in, parts) = channel();
+        let (handed_in, handed) = channel();
         let (events_in, events_out) = channel();
         let (ready_in, ready) = channel();
         let shared = Arc::new(Shared::default());
-        let line = match line {
-            Line::Dial(connector) => Line::Dial(connector.frozen()),
-            Line::Await => Line::Await,
+        let mut ways = match line {
+            // A disk that hangs does not keep a connection from being made anew.
+            Line::Dial(connector) => connector.frozen().each(),
+            Line::Await => Vec::new(),
+        };
+        ways.truncate(MAX_PATHS);
+        let addresses = ways.iter().map(|(peer, _)| peer.ip()).collect();
+        let handoff = Arc::new(Handoff::new(ours, handed_in, addresses));
+        let dial = |(path, (_, connector))| {
+            let dialling = Dialling {
+                path,
+                connector,
+                session,
+                progress: progress.clone(),
+                handoff: handoff.clone(),
+                shared: shared.clone(),
+            };
+            dialling.start()
+        };
+        let diallers: Result<_, _> = ways.into_iter().enumerate().map(dial).collect();
+        let spawn = |source| LinkError::System {
+            what: "start the sentinel",
+            source,
         };
         let start = watch::Start {
             session,
             timing,
-            line,
+            diallers: diallers.map_err(spawn)?,
             progress: progress.clone(),
             events: events_in,
             shared: shared.clone(),
-            parts,
+            handed,
             wake: wake.as_raw_fd(),
             handoff: theirs.as_raw_fd(),
-        };
-        let spawn = |source| LinkError::System {
-            what: "start the sentinel",
-            source,
         };
         let watcher = std::thread::Builder::new()
             .name("ax-sentinel".into())
@@ -170,7 +238,7 @@ impl Sentinel {
         let mut sentinel = Sentinel {
             shared,
             wake,
-            handoff: Mutex::new((ours, parts_in)),
+            handoff,
             _progress: progress,
             threads: None,
         };
@@ -185,27 +253,22 @@ impl Sentinel {
         Ok(sentinel)
     }
 
-    /// Gives the thread an accepted heartbeat channel; it replaces the one before. The socket
-    /// leaves the process's file table, so no duplicate of it may be kept.
+    /// Gives the thread an accepted heartbeat channel; it replaces the one before of the same path, which
+    /// is known by the address it was accepted at. The socket leaves the process's file table, so no duplicate of it may be kept.
     ///
     /// # Errors
-    /// [`LinkError::SentinelEnded`] after a death notice, a goodbye or a failure.
+    /// [`LinkError::SentinelEnded`] after a death notice, a goodbye or a failure;
+    /// [`LinkError::TooManyPaths`].
     pub fn attach(&self, stream: Stream) -> Result<(), LinkError> {
-        let (sock, parts) = stream.into_parts();
-        let handoff = self.handoff.lock();
-        let (socket, sender) = &*handoff;
-        sender.send(parts).map_err(|_| LinkError::SentinelEnded)?;
-        let fds = [sock.as_raw_fd()];
-        sendmsg::<()>(
-            socket.as_raw_fd(),
-            &[IoSlice::new(&[0])],
-            &[ControlMessage::ScmRights(&fds)],
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        )
-        .map_err(|_| LinkError::SentinelEnded)?;
-        // `sock` closes here: the sentinel's copy is the only one left.
-        Ok(())
+        self.handoff.accepted(stream)
+    }
+
+    /// The paths to the peer, to be read while it is watched and after.
+    pub fn paths(&self) -> PathViews {
+        PathViews {
+            shared: self.shared.clone(),
+            handoff: self.handoff.clone(),
+        }
     }
 
     /// What the peer last said of itself.
@@ -278,6 +341,12 @@ fn relay(events: &Receiver<LinkEvent>, pair: &str, sink: &impl LinkEvents) {
                     reason,
                     "heartbeats: connection broken, making it anew"
                 );
+            }
+            LinkEventKind::PathLost { path, how } => {
+                tracing::warn!(pair, path, ?how, "heartbeats: a path is lost");
+            }
+            LinkEventKind::PathBack { path } => {
+                tracing::info!(pair, path, "heartbeats: a path is back");
             }
             LinkEventKind::DeathNotice => {
                 tracing::warn!(pair, "heartbeats: the peer's process has died");

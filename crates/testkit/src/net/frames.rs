@@ -37,6 +37,25 @@ pub struct Shape {
     pub filter: Option<Filter>,
 }
 
+impl Shape {
+    /// Every frame is so much later, and up to `jitter` more, so that frames overtake each other.
+    pub fn late(delay: Duration, jitter: Duration) -> Shape {
+        Shape {
+            delay,
+            jitter,
+            ..Shape::default()
+        }
+    }
+
+    /// Nothing passes.
+    pub fn silent() -> Shape {
+        Shape {
+            filter: Some(Box::new(|_| false)),
+            ..Shape::default()
+        }
+    }
+}
+
 impl std::fmt::Debug for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Shape")

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use super::{Cable, Host, NetNs, netlink};
+use super::{Cable, FrameCable, Host, NetNs, netlink};
 use crate::Result;
 
 /// Addresses of the business network (/24) and the dedicated links (/30).
@@ -44,6 +44,8 @@ pub struct LabSpec {
     pub taps: u8,
     /// Dedicated links `link0`, `link1` … between a and b.
     pub links: u8,
+    /// More of them, numbered on, whose frames go through this process.
+    pub user_links: u8,
     /// How far the monotonic and boot-time clocks of a, b, witness and client run ahead of the
     /// machine's.
     pub clocks_ahead: [Duration; 4],
@@ -56,6 +58,7 @@ impl Default for LabSpec {
         LabSpec {
             taps: 1,
             links: 1,
+            user_links: 0,
             clocks_ahead: [days(3), days(90), days(1), Duration::ZERO],
         }
     }
@@ -77,6 +80,8 @@ pub struct Lab {
     pub uplinks: Uplinks,
     /// Dedicated links from a (first end) to b (second end).
     pub links: Vec<Cable>,
+    /// Those whose frames go through this process, in the order of their numbers.
+    pub user_links: Vec<FrameCable>,
 }
 
 /// The cables into the business network, by host.
@@ -135,6 +140,10 @@ impl Lab {
         let links = (0..spec.links)
             .map(|n| dedicated(&a, &b, n))
             .collect::<Result<_>>()?;
+        let user_links = spec.links..spec.links.saturating_add(spec.user_links);
+        let user_links = user_links
+            .map(|n| FrameCable::lay(&a, &b, n, 1))
+            .collect::<Result<_>>()?;
         // The switch lives in its cables' far ends: `lan` needs no handle of its own.
         Ok(Lab {
             a,
@@ -143,6 +152,7 @@ impl Lab {
             client,
             uplinks,
             links,
+            user_links,
         })
     }
 }

@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 use testkit::net::Toward;
 use testkit::site::{Side, Site};
 
-use super::{Chance, VM};
+use super::{Chance, VM, cables};
 use crate::Error;
 
 /// What a fault may cost.
@@ -60,6 +60,12 @@ faults! {
     LinkSilent "link-silent" Hidden,
     LinkForward "link-silent-one-way" Hidden,
     LinkBackward "link-silent-the-other-way" Hidden,
+    CableUnplugged "one-cable-unplugged" Hidden,
+    CableSilent "one-cable-silent" Hidden,
+    CableOneWay "one-cable-silent-one-way" Hidden,
+    LinkDelay "link-delay" Hidden,
+    LinkJitter "link-jitter" Hidden,
+    LinkReorder "link-reorder" Hidden,
     WitnessAway "witness-away" Hidden,
     WitnessAwayHostDies "witness-away-and-host-dies" Time,
     WitnessAwayLinkCut "witness-away-and-link-cut" Time,
@@ -124,18 +130,44 @@ impl Fault {
             Fault::StopShadow => stop_a_while(site, heir, chance),
             Fault::LinkUnplugged => {
                 site.lab.links[0].unplug()?;
+                cables::silence(site, &cables::BOTH_WAYS);
                 mend_later(site, chance)
             }
             Fault::LinkSilent => {
-                site.lab.links[0].silence_both()?;
+                cut_link(site)?;
                 mend_later(site, chance)
             }
             Fault::LinkForward => {
                 site.lab.links[0].silence(Toward::Second)?;
+                cables::silence(site, &[Toward::Second]);
                 mend_later(site, chance)
             }
             Fault::LinkBackward => {
                 site.lab.links[0].silence(Toward::First)?;
+                cables::silence(site, &[Toward::First]);
+                mend_later(site, chance)
+            }
+            Fault::CableUnplugged => {
+                site.lab.links[0].unplug()?;
+                mend_later(site, chance)
+            }
+            Fault::CableSilent | Fault::CableOneWay => {
+                let ways = match (self, chance.below(2)) {
+                    (Fault::CableSilent, _) => &cables::BOTH_WAYS[..],
+                    (_, 0) => &cables::BOTH_WAYS[..1],
+                    _ => &cables::BOTH_WAYS[1..],
+                };
+                cables::one_silent(site, ways, chance)?;
+                mend_later(site, chance)
+            }
+            Fault::LinkDelay | Fault::LinkJitter | Fault::LinkReorder => {
+                let (delay, jitter) = match self {
+                    Fault::LinkDelay => (chance.below(20_000), 0),
+                    Fault::LinkJitter => (chance.below(2000), chance.below(20_000)),
+                    _ => (0, 100 + chance.below(2000)),
+                };
+                let micros = Duration::from_micros;
+                cables::late(site, micros(delay), micros(jitter))?;
                 mend_later(site, chance)
             }
             Fault::WitnessAway => {
@@ -154,7 +186,7 @@ impl Fault {
             }
             Fault::WitnessAwayLinkCut => {
                 kill_witness(site)?;
-                site.lab.links[0].silence_both()?;
+                cut_link(site)?;
                 std::thread::sleep(ms(300 + chance.below(1000)));
                 site.start_witness()?;
                 mend_later(site, chance)
@@ -269,6 +301,12 @@ fn kill_witness(site: &mut Site) -> Result<(), Error> {
     }
 }
 
+/// Both cables carry nothing.
+fn cut_link(site: &Site) -> Result<(), Error> {
+    cables::silence(site, &cables::BOTH_WAYS);
+    Ok(site.lab.links[0].silence_both()?)
+}
+
 fn power_cycle(site: &mut Site, side: Side, off: Duration) -> Result<(), Error> {
     site.host(side).kill_all()?;
     std::thread::sleep(off);
@@ -286,5 +324,5 @@ fn stop_a_while(site: &Site, side: Side, chance: &mut Chance) -> Result<(), Erro
 
 fn mend_later(site: &Site, chance: &mut Chance) -> Result<(), Error> {
     std::thread::sleep(Duration::from_millis(50 + chance.below(1500)));
-    Ok(site.lab.links[0].mend()?)
+    cables::mend(site)
 }

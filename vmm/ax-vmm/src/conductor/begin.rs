@@ -209,6 +209,7 @@ impl Conductor {
                     Took::Nothing => Ok(()),
                     Took::Heartbeat(incoming) => tell.send(Input::Heartbeat(Box::new(incoming))),
                     Took::Whole(gathered) => tell.send(Input::Gathered(gathered)),
+                    Took::Talk(session, peer) => tell.send(Input::Talk(session, peer)),
                 };
                 if told.is_err() {
                     return;

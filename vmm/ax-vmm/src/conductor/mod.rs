@@ -21,9 +21,9 @@ use std::time::{Duration, Instant};
 
 use ax_api::process::{Reply, Role, Spec, Start};
 use ax_api::vm::Mode;
-use ax_link::Incoming;
+use ax_link::{Incoming, Stream};
 use ax_wire::record::{Flush, Member, Record, State};
-use ax_wire::{EpochId, Incarnation, Side};
+use ax_wire::{EpochId, Incarnation, Session, Side};
 use statepoint::pair::{Event, Pair, Phase};
 use statepoint::shadow::CommittedState;
 
@@ -75,6 +75,7 @@ enum Input {
     Dialled(Box<Result<Dialled, String>>, Box<Dial>),
     Protecting(Stint, Protecting),
     Gathered(Box<Gathered>),
+    Talk(Session, Box<Stream>),
     Heartbeat(Box<Incoming>),
     Following(Stint, Following),
 }
@@ -289,6 +290,7 @@ impl Conductor {
             Input::Dialled(dialled, dial) => self.dialled(*dialled, *dial),
             Input::Protecting(stint, what) => self.protecting(stint, what),
             Input::Gathered(gathered) => self.gathered(*gathered),
+            Input::Talk(session, peer) => self.talk_goes_on(session, *peer),
             Input::Heartbeat(incoming) => {
                 let expected = matches!(self.phase(), Some(Phase::Copying));
                 match &self.shadowing {

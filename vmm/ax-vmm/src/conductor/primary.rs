@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ax_api::process::{Reply, What};
 use ax_api::vm::Mode;
 use ax_link::Connector;
-use ax_link::heartbeat::{LinkEvent, LinkEventKind, Timing as LinkTiming};
+use ax_link::heartbeat::{LinkEvent, LinkEventKind, PathLoss, Timing as LinkTiming};
 use ax_wire::hello::Role as HelloRole;
 use ax_wire::peer::PeerMessage;
 use ax_wire::{Generation, Incarnation, Session};
@@ -21,6 +21,7 @@ use crate::guest::Part;
 use crate::hello::hello;
 use crate::protect::{self, Protecting, Protection};
 use crate::session::{self, Dialled};
+use crate::shadowing::Shadowing;
 
 /// A session with a shadow, on its way to be formed.
 pub(super) struct Dial {
@@ -191,6 +192,7 @@ impl Conductor {
         };
         match begun {
             Ok(protection) => {
+                self.board.goes_by(protection.services());
                 self.protection = Some(protection);
                 self.turned();
                 dial.answer(Reply::Done);
@@ -269,7 +271,32 @@ impl Conductor {
         }
     }
 
+    /// Tells of a path that was lost or is back.
+    fn tell_of_path(&self, event: &LinkEvent) {
+        let of_protection = self.protection.as_ref().map(Protection::service);
+        let of_shadowing = self.shadowing.as_ref().map(Shadowing::service);
+        let service = of_protection.or(of_shadowing).unwrap_or_default();
+        let at = |path: usize| service.get(path).map(|path| path.address);
+        let what = match event.kind {
+            LinkEventKind::PathLost { path, how } => at(path).map(|at| What::PathLost {
+                address: at,
+                how: match how {
+                    PathLoss::Silent => "silence",
+                    PathLoss::OneWay => "one-way",
+                    PathLoss::Broken => "link-error",
+                }
+                .into(),
+            }),
+            LinkEventKind::PathBack { path } => at(path).map(|at| What::PathBack { address: at }),
+            _ => None,
+        };
+        if let Some(what) = what {
+            self.events.tell(what);
+        }
+    }
+
     pub(super) fn link(&mut self, event: LinkEvent) -> Result<(), Error> {
+        self.tell_of_path(&event);
         match loss(&event) {
             // Each side says goodbye to what it was, once the new session stands.
             Some("goodbye") if self.turning.is_some() => Ok(()),
@@ -309,6 +336,8 @@ fn loss(event: &LinkEvent) -> Option<&'static str> {
         LinkEventKind::Up { .. }
         | LinkEventKind::Missed { .. }
         | LinkEventKind::Heard { .. }
-        | LinkEventKind::Broken { .. } => None,
+        | LinkEventKind::Broken { .. }
+        | LinkEventKind::PathLost { .. }
+        | LinkEventKind::PathBack { .. } => None,
     }
 }

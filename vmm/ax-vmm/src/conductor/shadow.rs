@@ -5,6 +5,7 @@ use std::sync::mpsc;
 
 use ax_api::process::What;
 use ax_failpoint::Point;
+use ax_link::Stream;
 use ax_wire::Session;
 use ax_wire::peer::PeerMessage;
 use statepoint::pair::{Event, Phase};
@@ -39,6 +40,16 @@ impl Conductor {
         Ok(())
     }
 
+    /// The primary lost the connection that the conversation went over.
+    pub(super) fn talk_goes_on(&mut self, session: Session, peer: Stream) -> Result<(), Error> {
+        match &self.shadowing {
+            Some(shadowing) if shadowing.primary.incarnation == session.incarnation => {
+                shadowing.converse(peer)
+            }
+            _ => Ok(()), // closed: this process follows nobody any more
+        }
+    }
+
     /// Gets ready to follow the primary with this session.
     pub(super) fn follow(
         &mut self,
@@ -58,6 +69,7 @@ impl Conductor {
         };
         let shadowing = Shadowing::begin(&self.parts, primary, setting, tell)?;
         self.board.follows(Some(shadowing.engine.clone()));
+        self.board.goes_by(shadowing.services());
         Ok(shadowing)
     }
 

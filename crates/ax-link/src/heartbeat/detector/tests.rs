@@ -82,6 +82,7 @@ impl Rig {
                 LinkEventKind::DeathNotice => "death",
                 LinkEventKind::Goodbye => "goodbye",
                 LinkEventKind::Failed { .. } => "failed",
+                LinkEventKind::PathLost { .. } | LinkEventKind::PathBack { .. } => "path",
             })
             .collect()
     }
