@@ -6,23 +6,30 @@
 //! [`product`] builds and starts the real programs there, [`site::Site`] sets up a whole pair
 //! with its witness as a customer would; [`client`] are the oracles that stand
 //! outside and notice a lost, doubled or reordered answer; [`net::Host::kill_all`] is the power
-//! plug, and [`fault`] strikes inside a process, between two steps of an epoch. [`cable`] is a slower way through user space, for faults no real cable has: delay,
-//! corruption, truncation, one direction silent.
+//! plug, and [`fault`] strikes inside a process, between two steps of an epoch. [`cable`] is a slower
+//! way through user space, for faults no real cable has: delay, corruption, truncation, one direction
+//! silent. [`fuse`] are disks that lose what was not flushed when their power is cut, that fail, are
+//! slow, or hang.
 //!
 //! A test that cannot run here says so by name ([`require_kvm!`], [`require_lab!`]) and is
 //! never counted as passed: see [`skip`].
 
 pub mod cable;
+mod chance;
 pub mod client;
 pub mod fault;
+pub mod fuse;
 pub mod kvm;
 pub mod net;
+mod power;
 pub mod product;
 pub mod site;
 pub mod skip;
 pub mod thread_stop;
 
 use std::io;
+
+pub use chance::Chance;
 
 /// What went wrong in the test equipment itself, never in the product under test.
 #[derive(Debug, thiserror::Error)]

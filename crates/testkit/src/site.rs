@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::fuse::Disk;
 use crate::net::{Host, Lab, LabSpec, addr};
+use crate::power;
 use crate::product::{Daemon, Product};
 use crate::{Error, Result};
 
@@ -36,6 +38,9 @@ pub struct SiteSpec {
     pub witness: bool,
     /// An etcd on the witness's host in the witness's place.
     pub etcd: bool,
+    /// Images, data folders and the witness's store lie on [`Disk`]s, which lose what was not flushed when
+    /// [`Site::cut_power`] strikes.
+    pub disks: bool,
     /// More lines for the top of both hosts' axd.toml.
     pub extra: String,
 }
@@ -47,6 +52,7 @@ impl Default for SiteSpec {
             mtls: true,
             witness: true,
             etcd: false,
+            disks: false,
             extra: String::new(),
         }
     }
@@ -109,7 +115,11 @@ pub struct Site {
     pub lab: Lab,
     product: &'static Product,
     spec: SiteSpec,
+    /// After whatever uses them, before the folder they are mounted in. None where [`SiteSpec::disks`] is not
+    /// asked for; of host a, of host b, of the witness.
+    pub(crate) disks: Option<[Disk; 3]>,
     dir: TempDir,
+    pub(crate) keep: bool,
 }
 
 impl Site {
@@ -120,18 +130,29 @@ impl Site {
     /// What of that failed, with the log of the program at fault.
     pub fn new(spec: SiteSpec) -> Result<Site> {
         let product = Product::get()?;
-        let lab = Lab::new(spec.lab)?;
         let dir = tempfile::Builder::new()
             .prefix("ax")
             .tempdir()
             .map_err(Error::os("make a folder for the site"))?;
+        // A host sees the mounts there are when it is switched on.
+        let disks = match spec.disks {
+            true => Some([
+                power::disk(dir.path(), "a")?,
+                power::disk(dir.path(), "b")?,
+                power::disk(dir.path(), "w")?,
+            ]),
+            false => None,
+        };
+        let lab = Lab::new(spec.lab)?;
         let mut site = Site {
             witness: None,
             axd: [None, None],
             lab,
             product,
             spec,
+            disks,
             dir,
+            keep: false,
         };
         for side in [Side::A, Side::B] {
             site.make_dir(&site.data_dir(side))?;
@@ -164,6 +185,7 @@ impl Site {
 
     /// Keeps the folder after the site is gone, for a look at the logs, and says where it is.
     pub fn keep_dir(&mut self) -> PathBuf {
+        self.keep = true;
         self.dir.disable_cleanup(true);
         self.dir.path().to_path_buf()
     }

@@ -1,5 +1,5 @@
-//! One thread of a process stands still before it makes a file durable, the others run on: a disk that
-//! takes its time.
+//! One thread of a process stands still, the others run on: before it makes a file durable, as with a disk
+//! that takes its time, or wherever it is.
 
 use std::fs;
 use std::io;
@@ -74,10 +74,14 @@ fn is_dead(tid: i32) -> bool {
     found != 0 && !libc::WIFSTOPPED(status)
 }
 
-fn stop_at_fsync(tid: i32) -> io::Result<()> {
+fn stop(tid: i32) -> io::Result<()> {
     ptrace(libc::PTRACE_SEIZE, tid)?;
     ptrace(libc::PTRACE_INTERRUPT, tid)?;
-    stopped(tid)?;
+    stopped(tid)
+}
+
+fn stop_at_fsync(tid: i32) -> io::Result<()> {
+    stop(tid)?;
     loop {
         // To the beginning, or the end, of its next system call.
         ptrace(libc::PTRACE_SYSCALL, tid)?;
@@ -95,6 +99,19 @@ impl StoppedThread {
     /// # Errors
     /// There is no such thread, or the kernel refuses.
     pub fn before_fsync(dir: &Path, name: &str) -> Result<StoppedThread> {
+        StoppedThread::with(dir, name, stop_at_fsync)
+    }
+
+    /// Stops the thread called `name`, of the process whose command line speaks of `dir`, where it is now; it
+    /// may hold any lock.
+    ///
+    /// # Errors
+    /// As [`StoppedThread::before_fsync`].
+    pub fn anywhere(dir: &Path, name: &str) -> Result<StoppedThread> {
+        StoppedThread::with(dir, name, stop)
+    }
+
+    fn with(dir: &Path, name: &str, stop: fn(i32) -> io::Result<()>) -> Result<StoppedThread> {
         let what = format!("stop thread {name} of the process of {}", dir.display());
         let tid = find(dir, name)
             .ok_or_else(|| Error::os(what.clone())(io::ErrorKind::NotFound.into()))?;
@@ -102,7 +119,7 @@ impl StoppedThread {
         let (tell, told) = mpsc::channel();
         // A thread is traced by one thread, and goes on when that ends.
         let trace = move || {
-            let stopped = stop_at_fsync(tid);
+            let stopped = stop(tid);
             let worked = stopped.is_ok();
             let mut alive = tell.send(stopped).is_ok() && worked;
             while alive && end.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Timeout) {
@@ -187,6 +204,12 @@ mod tests {
         assert_eq!(size("durable"), before);
         drop(stopped);
         grows("durable");
+        let stopped = StoppedThread::anywhere(dir.path(), "other").unwrap();
+        let before = size("other");
+        (0..20).for_each(|_| grows("durable"));
+        assert_eq!(size("other"), before);
+        drop(stopped);
+        grows("other");
         // One that is killed while it stands still does not keep its process from ending.
         let stopped = StoppedThread::before_fsync(dir.path(), "durable").unwrap();
         child.kill().unwrap();

@@ -10,6 +10,8 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -93,9 +95,14 @@ fn start(product: &Path, dir: &Path, signals: SigSet) -> Result<Pid, Error> {
         signals.thread_unblock()?;
         // After entering a user namespace, which would forget it.
         prctl::set_pdeathsig(Signal::SIGTERM)?;
+        // What it mounts goes with it. Where that is not allowed, neither is mounting.
+        if unshare(CloneFlags::CLONE_NEWNS).is_ok() {
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        }
         Ok(())
     };
-    // SAFETY: two system calls, allowed between fork and exec.
+    // SAFETY: system calls only, allowed between fork and exec.
     unsafe { command.pre_exec(follow) };
     let child = command
         .spawn()

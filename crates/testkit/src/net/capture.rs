@@ -14,7 +14,7 @@ use crate::{Error, Result, panic_text};
 const MOST: usize = 100_000;
 
 /// How often the end is looked for, while no frame comes.
-const TICK: libc::timeval = libc::timeval {
+pub(super) const TICK: libc::timeval = libc::timeval {
     tv_sec: 0,
     tv_usec: 20_000,
 };
@@ -29,15 +29,19 @@ pub struct Capture {
     thread: JoinHandle<Vec<Captured>>,
 }
 
-/// A program for the kernel that passes frames of these types only: what a busy host does not look
-/// at in time would push them out of the socket.
-fn filter(ethertypes: &[u16]) -> Vec<libc::sock_filter> {
-    let instruction = |code: u32, jt: usize, k: u32| libc::sock_filter {
+/// One step of a program for the kernel; a comparison that holds leaves out `jt` steps.
+pub(super) fn instruction(code: u32, jt: usize, k: u32) -> libc::sock_filter {
+    libc::sock_filter {
         code: code as u16,
         jt: jt as u8,
         jf: 0,
         k,
-    };
+    }
+}
+
+/// A program for the kernel that passes frames of these types only: what a busy host does not look
+/// at in time would push them out of the socket.
+fn filter(ethertypes: &[u16]) -> Vec<libc::sock_filter> {
     let mut program = vec![instruction(
         libc::BPF_LD | libc::BPF_H | libc::BPF_ABS,
         0,
@@ -71,8 +75,12 @@ fn set_option<T>(socket: &OwnedFd, option: i32, value: &T) -> io::Result<()> {
     Ok(())
 }
 
-/// A packet socket (packet(7)) for frames of these types on the calling thread's `interface`.
-fn packet_socket(interface: &str, ethertypes: &[u16]) -> io::Result<OwnedFd> {
+/// A packet socket (packet(7)) for those frames of the calling thread's `interface` that a program for the
+/// kernel passes.
+pub(super) fn packet_socket(
+    interface: &str,
+    mut program: Vec<libc::sock_filter>,
+) -> io::Result<OwnedFd> {
     let index = nix::net::if_::if_nametoindex(interface)?;
     // Of no protocol yet: nothing comes in before the filter is there.
     // SAFETY: takes no pointers; the result is checked.
@@ -82,7 +90,6 @@ fn packet_socket(interface: &str, ethertypes: &[u16]) -> io::Result<OwnedFd> {
     }
     // SAFETY: the descriptor has just been made and nobody else has it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut program = filter(ethertypes);
     let attached = libc::sock_fprog {
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
@@ -117,7 +124,7 @@ impl Capture {
     ) -> Result<Capture> {
         let what = format!("capture frames of {interface} of {}", net.name());
         let socket = net
-            .run(|| packet_socket(interface, ethertypes))?
+            .run(|| packet_socket(interface, filter(ethertypes)))?
             .map_err(Error::os(what.clone()))?;
         let ending = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&ending);

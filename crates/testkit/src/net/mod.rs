@@ -30,6 +30,7 @@ pub mod isolate;
 mod lab;
 mod netlink;
 mod netns;
+mod senders;
 
 pub use capture::{Capture, Captured};
 pub use cut::{Cable, Toward};
@@ -37,6 +38,7 @@ pub use frames::{Filter, FrameCable, Shape};
 pub use host::{Host, KillReport};
 pub use lab::{GUEST, Lab, LabSpec, addr};
 pub use netns::NetNs;
+pub use senders::{Late, Senders, Sent, late};
 
 /// Returns from the calling test, listed as skipped, when no test hosts can be made here; as an
 /// ordinary user, runs the same test again inside namespaces of its own and returns with its
