@@ -7,9 +7,11 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ax_failpoint::Point;
 use ax_wire::{Generation, PairId};
 use parking_lot::Mutex;
 
+use crate::busy::{Busy, UnderWay, Waits};
 use crate::map::{Marks, Regions, Rotation, Span};
 use crate::meta::{Basis, Condition, Identity, Meta, MetaError};
 
@@ -70,6 +72,7 @@ pub struct Image {
     /// Held while the image's content changes or is read for the other side, so that a bulk chunk
     /// and its place in the log are one step with respect to guest writes.
     pub(crate) order: Mutex<()>,
+    under_way: UnderWay,
 }
 
 impl Image {
@@ -122,6 +125,7 @@ impl Image {
             meta: Mutex::new(meta),
             marks: Mutex::new(marks),
             order: Mutex::new(()),
+            under_way: UnderWay::default(),
         })
     }
 
@@ -174,6 +178,8 @@ impl Image {
     /// Beyond the end, or the host's own.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         self.check(offset, out.len())?;
+        let _begun = self.under_way.begin(Waits::Somebody);
+        strike(Point::ImageRead, libc::EIO)?;
         self.file.read_exact_at(out, offset)
     }
 
@@ -184,14 +190,17 @@ impl Image {
             return Ok(());
         }
         let covered = self.meta.lock().cover(&self.marks, &run);
-        covered.map_err(io::Error::other)
+        covered.map_err(io::Error::from)
     }
 
     fn change(&self, offset: u64, len: usize, act: impl Fn() -> io::Result<()>) -> io::Result<()> {
         self.check(offset, len)?;
+        let _begun = self.under_way.begin(Waits::Somebody);
         self.before_write(offset, len)?;
         let order = self.order.lock();
-        let changed = act();
+        let changed = strike(Point::ImageWrite, libc::EIO)
+            .and_then(|()| strike(Point::ImageFull, libc::ENOSPC))
+            .and_then(|()| act());
         drop(order);
         changed.inspect_err(|_| self.marks.lock().failed(&span(offset, len).run()))
     }
@@ -249,10 +258,18 @@ impl Image {
     /// Makes earlier writes durable.
     ///
     /// # Errors
-    /// The host's own. What has been lost is not known then: no bit is dropped any more.
+    /// The host's own. What has been lost is not known then: no bit is dropped any more, and every later
+    /// flush fails, too. The kernel counts what it could not write as written, and would say so.
     pub fn flush(&self) -> io::Result<()> {
-        let flushed = self.file.sync_data();
-        flushed.inspect_err(|_| self.marks.lock().doubt())
+        self.sync(&self.file, Waits::Somebody)
+    }
+
+    /// As [`Self::flush`], where nobody is held up by it.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub(crate) fn flush_at_leisure(&self) -> io::Result<()> {
+        self.sync(&self.file, Waits::Nobody)
     }
 
     /// As [`Self::flush`], for whoever drops bits after it.
@@ -260,8 +277,61 @@ impl Image {
     /// # Errors
     /// As [`Self::flush`].
     pub(crate) fn flush_apart(&self) -> io::Result<()> {
-        let flushed = self.apart.sync_data();
+        self.sync(&self.apart, Waits::Nobody)
+    }
+
+    fn sync(&self, file: &File, waits: Waits) -> io::Result<()> {
+        let _begun = self.under_way.begin(waits);
+        if self.is_doubtful() {
+            return Err(io::Error::other(
+                "it could not be made durable before: what has been lost is not known",
+            ));
+        }
+        let flushed = strike(Point::ImageSync, libc::EIO).and_then(|()| file.sync_data());
         flushed.inspect_err(|_| self.marks.lock().doubt())
+    }
+
+    /// How long what the disk was asked for has been under way. Never blocks.
+    pub fn busy(&self) -> Busy {
+        self.under_way.busy()
+    }
+
+    /// True while the file at its path is this image; else what is opened here ends with this process.
+    /// May block as long as the disk does not answer.
+    ///
+    /// # Errors
+    /// The path can't be looked at.
+    pub fn is_in_place(&self) -> io::Result<bool> {
+        let _begun = self.under_way.begin(Waits::Nobody);
+        let here = self.file.metadata()?;
+        match std::fs::metadata(&self.path) {
+            Ok(there) => Ok((here.dev(), here.ino()) == (there.dev(), there.ino())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Finds out whether the disk can be written and made durable at all, before much is copied to it;
+    /// and has what is read from now on come from the disk. What a failed write-back of an earlier
+    /// process has left in the kernel's cache is not on it.
+    fn try_out(&self) -> io::Result<()> {
+        use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+        let mut block = vec![0; usize::try_from(self.size.min(4096)).map_err(io::Error::other)?];
+        self.read(0, &mut block)?;
+        if block.iter().any(|byte| *byte != 0) {
+            // The same again: not in the map, and a hole stays one.
+            let _begun = self.under_way.begin(Waits::Nobody);
+            strike(Point::ImageWrite, libc::EIO)?;
+            strike(Point::ImageFull, libc::ENOSPC)?;
+            self.file.write_all_at(&block, 0)?;
+        }
+        self.flush_at_leisure()?;
+        Ok(posix_fadvise(
+            &self.file,
+            0,
+            0,
+            PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+        )?)
     }
 
     /// What may differ from the other side, and the moment it is relative to; no rotation of the map that has
@@ -284,7 +354,7 @@ impl Image {
     }
 
     /// True when it has failed to become durable once.
-    pub(crate) fn is_doubtful(&self) -> bool {
+    pub fn is_doubtful(&self) -> bool {
         self.marks.lock().is_doubtful()
     }
 
@@ -314,8 +384,17 @@ impl Image {
         let mut meta = self.meta.lock();
         match meta.condition() {
             Condition::Inconsistent => Ok(()),
-            Condition::Consistent => meta.mark_inconsistent().map_err(io::Error::other),
+            Condition::Consistent => meta.mark_inconsistent().map_err(io::Error::from),
         }
+    }
+
+    /// As [`Self::begin_overwrite`], and finds out first whether the disk works.
+    ///
+    /// # Errors
+    /// The host's own; nothing has been overwritten.
+    pub(crate) fn begin_copy(&self) -> io::Result<()> {
+        self.begin_overwrite()?;
+        self.try_out()
     }
 
     /// Makes the content durable, then the fact that it is whole as of `generation`.
@@ -326,11 +405,11 @@ impl Image {
         if self.read_only {
             return Ok(());
         }
-        self.flush()?;
+        self.flush_at_leisure()?;
         self.meta
             .lock()
             .mark_consistent(generation)
-            .map_err(io::Error::other)
+            .map_err(io::Error::from)
     }
 
     /// The next run of bytes at or after `from` that may hold something other than zeros.
@@ -347,6 +426,14 @@ impl Image {
         Ok(Some(
             start.max(0) as u64..(end.max(0) as u64).min(self.size),
         ))
+    }
+}
+
+/// Fails with this error where a test has ordered that.
+fn strike(point: Point, errno: i32) -> io::Result<()> {
+    match ax_failpoint::fails(point) {
+        true => Err(io::Error::from_raw_os_error(errno)),
+        false => Ok(()),
     }
 }
 
