@@ -29,6 +29,7 @@ use statepoint::shadow::CommittedState;
 use vmm::MachineHandle;
 
 use crate::error::Error;
+use crate::faults::Standing;
 use crate::guest::{EpochGuest, Part};
 use crate::maps::MapKeeper;
 use crate::parts::Parts;
@@ -480,6 +481,7 @@ impl Protection {
         parts.log.record(false);
         // Whoever runs the guest now issues them again (rule 13).
         parts.log.release_flushes();
+        parts.faults.stand(Standing::Elsewhere);
         Some(HandedOver {
             committed: committed?,
             sentinel: self.sentinel.take()?,

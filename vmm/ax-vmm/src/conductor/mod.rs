@@ -12,6 +12,7 @@ mod primary;
 mod promotion;
 mod shadow;
 mod show;
+mod storage;
 mod word;
 
 use std::collections::VecDeque;
@@ -77,6 +78,8 @@ enum Input {
     Gathered(Box<Gathered>),
     Heartbeat(Box<Incoming>),
     Following(Stint, Following),
+    /// A disk has begun to fail, or works again.
+    Disks,
 }
 
 /// Counts the protections and followings of this process, so that a late word of one that is over is
@@ -138,6 +141,8 @@ struct Conductor {
     /// Why the disks here could not be made durable at the guest's end here.
     not_durable: Option<String>,
     last_epoch: EpochId,
+    /// What has been told of the disks that fail here.
+    disks: storage::Told,
     ended: Option<Ended>,
 }
 
@@ -161,9 +166,16 @@ fn incarnation() -> Incarnation {
 pub fn run(spec: Spec) -> Result<Ended, Error> {
     let (sender, queue) = mpsc::channel();
     let power = sender.clone();
-    let parts = Parts::build(&spec, move |what| {
-        let _ = power.send(Input::Power(what));
-    })?;
+    let disks = sender.clone();
+    let parts = Parts::build(
+        &spec,
+        move |what| {
+            let _ = power.send(Input::Power(what));
+        },
+        move || {
+            let _ = disks.send(Input::Disks);
+        },
+    )?;
     let peer = spec.peer.clone().unwrap_or_default();
     let me = Member {
         side: Side::of(&spec.host, &peer),
@@ -205,9 +217,11 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         leaving: false,
         not_durable: None,
         last_epoch: EpochId(0),
+        disks: storage::Told::default(),
         ended: None,
         spec,
     };
+    conductor.watch_disks()?;
     conductor.begin()?;
     conductor.conduct()
 }
@@ -224,6 +238,7 @@ impl Conductor {
             if ticked.elapsed() >= Duration::from_secs(1) {
                 ticked = Instant::now();
                 self.board.tick();
+                self.look_at_disks()?;
             }
             if self.permission_over.is_some_and(|at| Instant::now() >= at) {
                 self.permission_over = None;
@@ -268,15 +283,16 @@ impl Conductor {
         if let Some(shadowing) = self.shadowing.take() {
             shadowing.leave(clean);
         }
-        for image in &self.parts.images {
-            if let Err(error) = image.flush() {
-                tracing::error!(%error, path = %image.path().display(), "flush");
-            }
+        if !self.ends_for_its_disks()
+            && let Err(error) = self.flush_in_time()
+        {
+            tracing::error!(%error, "flush");
         }
         self.parts.console.close();
         // Control connections send what is queued for them.
         std::thread::sleep(Duration::from_millis(50));
         let _ = std::fs::remove_file(&self.spec.control);
+        self.last_words();
     }
 
     fn take(&mut self, input: Input, later: &mut VecDeque<Input>) -> Result<(), Error> {
@@ -306,6 +322,7 @@ impl Conductor {
                 Ok(())
             }
             Input::Following(stint, what) => self.following(stint, what),
+            Input::Disks => self.look_at_disks(),
         }
     }
 
