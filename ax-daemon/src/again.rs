@@ -148,14 +148,17 @@ impl Daemon {
                 let _ = peer.call(PeerRequest::Settle { name, operation }).await;
                 Ok(())
             }
-            Err(failure) => {
-                let _ = peer
-                    .call(PeerRequest::Undo {
-                        name,
-                        operation,
-                        spare: true,
-                    })
-                    .await;
+            Err(mut failure) => {
+                let undo = PeerRequest::Undo {
+                    name,
+                    operation,
+                    spare: true,
+                };
+                if let Ok(Reply::Done { text }) = peer.call(undo).await
+                    && !text.is_empty()
+                {
+                    failure.why = format!("{}: host {}: {text}", failure.why, peer.name());
+                }
                 Err(failure)
             }
         }

@@ -55,6 +55,7 @@ pub fn resolve(new: &NewVm, known: Option<&Vm>, config: &Config) -> Result<Vm, F
             size,
             read_only: disk.read_only,
             secondary: disk.secondary,
+            on_error: disk.on_error,
         });
     }
     let mut nics = Vec::with_capacity(new.nics.len());
@@ -230,6 +231,7 @@ mod tests {
                 size: Some(Bytes(1 << 20)),
                 read_only: false,
                 secondary: Secondary::Async,
+                on_error: Default::default(),
             }],
             nics: vec![NewNic {
                 tap: "tap0".into(),

@@ -105,6 +105,7 @@ mod tests {
             size: 1 << 20,
             read_only: false,
             secondary: Secondary::Async,
+            on_error: Default::default(),
         };
         Vm {
             name: "web".into(),

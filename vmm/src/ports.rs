@@ -37,6 +37,9 @@ pub trait Outputs: Send + Sync {
 }
 
 /// One disk. Requests of one disk are executed by one thread, one after the other.
+///
+/// An error of the kind [`io::ErrorKind::Interrupted`] is none of the guest's: the request is left where it
+/// is, for whoever goes on to issue it again (rule 13). Any other one is shown to the guest.
 pub trait Disk: Send + Sync {
     /// Size in bytes, a multiple of 512.
     fn size(&self) -> u64;

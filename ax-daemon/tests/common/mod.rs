@@ -342,6 +342,7 @@ pub fn with_disk(mut vm: NewVm, path: impl Into<PathBuf>, size: Option<u64>) -> 
         size: size.map(Bytes),
         read_only: false,
         secondary: Secondary::Async,
+        on_error: Default::default(),
     });
     vm
 }

@@ -325,6 +325,8 @@ fn main() {
                 role,
                 phase: Phase::Starting,
                 warning: None,
+                disk_fails: None,
+                disk_holds: false,
                 sync_left_s: None,
                 mode: spec.vm.mode,
                 generation: Generation(0),

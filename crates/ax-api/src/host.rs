@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::process::What;
 pub use crate::report::{HostReport, PeerReport, ProcessReport, State, VmReport};
 use crate::units::{Bytes, Mac};
-use crate::vm::{Boot, DirtySource, Mode, Secondary, Vm};
+use crate::vm::{Boot, DirtySource, Mode, OnError, Secondary, Vm};
 
 /// Longest line either side accepts, bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -40,6 +40,9 @@ pub struct NewDisk {
     /// When FLUSH is complete.
     #[serde(default)]
     pub secondary: Secondary,
+    /// What becomes of a request that fails here and can't be done elsewhere.
+    #[serde(default, skip_serializing_if = "OnError::is_default")]
+    pub on_error: OnError,
 }
 
 /// A network device as a user asks for it.

@@ -37,6 +37,8 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
             role,
             phase,
             warning: None,
+            disk_fails: None,
+            disk_holds: false,
             sync_left_s: None,
             mode: Mode::Ft,
             generation: Generation(generation),
@@ -53,6 +55,26 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
             oldest_held_us: 0,
             paths: Vec::new(),
         }),
+    }
+}
+
+/// Rule 19: held while a request waits, and said whatever the state.
+#[test]
+fn a_guest_whose_disk_fails_says_so_and_is_held_only_if_it_waits() {
+    for (phase, holds, state) in [
+        (Phase::Unprotected, true, State::Held),
+        (Phase::Alone, true, State::Held),
+        (Phase::Alone, false, State::Alone),
+        (Phase::Protected, true, State::Protected),
+    ] {
+        let mut process = process("a", Role::Primary, phase, 2);
+        if let Some(status) = &mut process.status {
+            status.disk_fails = Some("/d/vm.img: No space left".into());
+            status.disk_holds = holds;
+        }
+        let report = VmReport::sum_up(vm(Mode::Ft), vec![process], None);
+        assert_eq!(report.state, state);
+        assert!(report.note.contains("/d/vm.img: No space left"));
     }
 }
 
@@ -145,6 +167,7 @@ fn requests_and_replies_travel_as_one_line() {
                     size: Some(Bytes(1 << 30)),
                     read_only: false,
                     secondary: Secondary::Sync,
+                    on_error: OnError::Report,
                 }],
                 nics: vec![NewNic {
                     tap: "tap0".into(),

@@ -207,6 +207,12 @@ pub struct Status {
     /// What an operator must hear of, whatever the phase.
     #[serde(default)]
     pub warning: Option<String>,
+    /// Of a process that runs a guest: which disk of its host fails, and how.
+    #[serde(default)]
+    pub disk_fails: Option<String>,
+    /// A request of the guest waits for that disk.
+    #[serde(default)]
+    pub disk_holds: bool,
     /// How long the copy under way will take, at its speed so far, seconds; none without one, or too early
     /// to tell.
     #[serde(default)]
@@ -446,6 +452,16 @@ pub enum What {
         epoch: u64,
         /// From the notice to the first vCPU running, microseconds.
         took_us: u64,
+    },
+    /// A disk of this host fails.
+    DiskFails {
+        /// Which, and how, in words.
+        why: String,
+    },
+    /// It works again.
+    DiskWorks {
+        /// The image.
+        disk: String,
     },
     /// The guest switched itself off, was stopped, or crashed; the process ends.
     Ended {

@@ -126,6 +126,14 @@ impl VmReport {
                         None => (state, percent),
                     }
                 }
+                (phase, _) if status.disk_fails.is_some() => {
+                    let why = status.disk_fails.as_deref().unwrap_or_default();
+                    let state = match phase {
+                        Phase::Alone | Phase::Unprotected if status.disk_holds => State::Held,
+                        phase => state_of(phase).0,
+                    };
+                    (state, format!("a disk of its host fails: {why}"))
+                }
                 (Phase::Alone, Some(why)) => {
                     (State::Alone, format!("runs without a shadow: {why}"))
                 }

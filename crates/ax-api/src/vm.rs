@@ -60,6 +60,25 @@ pub enum Secondary {
     Sync,
 }
 
+/// What becomes of a guest's request that the host's disk can't do, while the other host has no copy that
+/// the guest could go on from (rule 19).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// It waits, and is tried again until the disk works.
+    #[default]
+    Hold,
+    /// The guest gets an I/O error. A full disk is waited for all the same.
+    Report,
+}
+
+impl OnError {
+    /// True when it need not be written down: hosts of an earlier build read definitions, too.
+    pub fn is_default(&self) -> bool {
+        *self == OnError::default()
+    }
+}
+
 /// One virtio-blk disk on a raw image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -74,6 +93,9 @@ pub struct Disk {
     /// When FLUSH is complete.
     #[serde(default)]
     pub secondary: Secondary,
+    /// What becomes of a request that fails here and can't be done elsewhere.
+    #[serde(default, skip_serializing_if = "OnError::is_default")]
+    pub on_error: OnError,
 }
 
 /// One virtio-net device on a tap.

@@ -5,9 +5,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use ax_failpoint::Point;
 use ax_sync::Mutex;
 use ax_wire::{Generation, PairId};
 
+use crate::busy::{Busy, UnderWay, Waits};
 use crate::map::{Marks, Regions, Rotation, Span};
 use crate::medium::Medium;
 use crate::meta::{Basis, Condition, Meta, MetaError};
@@ -69,6 +71,7 @@ pub struct Image {
     /// Held while the image's content changes or is read for the other side, so that a bulk chunk
     /// and its place in the log are one step with respect to guest writes.
     pub(crate) order: Mutex<()>,
+    under_way: UnderWay,
 }
 
 impl Image {
@@ -136,6 +139,7 @@ impl Image {
             meta: Mutex::new(meta),
             marks: Mutex::new(marks),
             order: Mutex::new(()),
+            under_way: UnderWay::default(),
         })
     }
 
@@ -188,6 +192,8 @@ impl Image {
     /// Beyond the end, or the host's own.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         self.check(offset, out.len())?;
+        let _begun = self.under_way.begin(Waits::Somebody);
+        strike(Point::ImageRead, libc::EIO)?;
         self.file.read_at(out, offset)
     }
 
@@ -198,14 +204,17 @@ impl Image {
             return Ok(());
         }
         let covered = self.meta.lock().cover(&self.marks, &run);
-        covered.map_err(io::Error::other)
+        covered.map_err(io::Error::from)
     }
 
     fn change(&self, offset: u64, len: usize, act: impl Fn() -> io::Result<()>) -> io::Result<()> {
         self.check(offset, len)?;
+        let _begun = self.under_way.begin(Waits::Somebody);
         self.before_write(offset, len)?;
         let order = self.order.lock();
-        let changed = act();
+        let changed = strike(Point::ImageWrite, libc::EIO)
+            .and_then(|()| strike(Point::ImageFull, libc::ENOSPC))
+            .and_then(|()| act());
         drop(order);
         changed.inspect_err(|_| self.marks.lock().failed(&span(offset, len).run()))
     }
@@ -257,10 +266,18 @@ impl Image {
     /// Makes earlier writes durable.
     ///
     /// # Errors
-    /// The host's own. What has been lost is not known then: no bit is dropped any more.
+    /// The host's own. What has been lost is not known then: no bit is dropped any more, and every later
+    /// flush fails, too. The kernel counts what it could not write as written, and would say so.
     pub fn flush(&self) -> io::Result<()> {
-        let flushed = self.file.sync();
-        flushed.inspect_err(|_| self.marks.lock().doubt())
+        self.sync(self.file.as_ref(), Waits::Somebody)
+    }
+
+    /// As [`Self::flush`], where nobody is held up by it.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub(crate) fn flush_at_leisure(&self) -> io::Result<()> {
+        self.sync(self.file.as_ref(), Waits::Nobody)
     }
 
     /// As [`Self::flush`], for whoever drops bits after it.
@@ -268,8 +285,50 @@ impl Image {
     /// # Errors
     /// As [`Self::flush`].
     pub(crate) fn flush_apart(&self) -> io::Result<()> {
-        let flushed = self.apart.sync();
+        self.sync(self.apart.as_ref(), Waits::Nobody)
+    }
+
+    fn sync(&self, file: &dyn Medium, waits: Waits) -> io::Result<()> {
+        let _begun = self.under_way.begin(waits);
+        if self.is_doubtful() {
+            return Err(io::Error::other(
+                "it could not be made durable before: what has been lost is not known",
+            ));
+        }
+        let flushed = strike(Point::ImageSync, libc::EIO).and_then(|()| file.sync());
         flushed.inspect_err(|_| self.marks.lock().doubt())
+    }
+
+    /// How long what the disk was asked for has been under way. Never blocks.
+    pub fn busy(&self) -> Busy {
+        self.under_way.busy()
+    }
+
+    /// True while the file at its path is this image; else what is opened here ends with this process.
+    /// May block as long as the disk does not answer.
+    ///
+    /// # Errors
+    /// The path can't be looked at.
+    pub fn is_in_place(&self) -> io::Result<bool> {
+        let _begun = self.under_way.begin(Waits::Nobody);
+        self.file.is_at(&self.path)
+    }
+
+    /// Finds out whether the disk can be written and made durable at all, before much is copied to it;
+    /// and has what is read from now on come from the disk. What a failed write-back of an earlier
+    /// process has left in the kernel's cache is not on it.
+    fn try_out(&self) -> io::Result<()> {
+        let mut block = vec![0; usize::try_from(self.size.min(4096)).map_err(io::Error::other)?];
+        self.read(0, &mut block)?;
+        if block.iter().any(|byte| *byte != 0) {
+            // The same again: not in the map, and a hole stays one.
+            let _begun = self.under_way.begin(Waits::Nobody);
+            strike(Point::ImageWrite, libc::EIO)?;
+            strike(Point::ImageFull, libc::ENOSPC)?;
+            self.file.write_at(&block, 0)?;
+        }
+        self.flush_at_leisure()?;
+        self.file.drop_cached()
     }
 
     /// What may differ from the other side, and the moment it is relative to; no rotation of the map that has
@@ -292,7 +351,7 @@ impl Image {
     }
 
     /// True when it has failed to become durable once.
-    pub(crate) fn is_doubtful(&self) -> bool {
+    pub fn is_doubtful(&self) -> bool {
         self.marks.lock().is_doubtful()
     }
 
@@ -322,8 +381,17 @@ impl Image {
         let mut meta = self.meta.lock();
         match meta.condition() {
             Condition::Inconsistent => Ok(()),
-            Condition::Consistent => meta.mark_inconsistent().map_err(io::Error::other),
+            Condition::Consistent => meta.mark_inconsistent().map_err(io::Error::from),
         }
+    }
+
+    /// As [`Self::begin_overwrite`], and finds out first whether the disk works.
+    ///
+    /// # Errors
+    /// The host's own; nothing has been overwritten.
+    pub(crate) fn begin_copy(&self) -> io::Result<()> {
+        self.begin_overwrite()?;
+        self.try_out()
     }
 
     /// Makes the content durable, then the fact that it is whole as of `generation`.
@@ -334,11 +402,11 @@ impl Image {
         if self.read_only {
             return Ok(());
         }
-        self.flush()?;
+        self.flush_at_leisure()?;
         self.meta
             .lock()
             .mark_consistent(generation)
-            .map_err(io::Error::other)
+            .map_err(io::Error::from)
     }
 
     /// The next run of bytes at or after `from` that may hold something other than zeros.
@@ -358,6 +426,14 @@ fn require_size(path: &Path, file: &dyn Medium, wanted: u64) -> Result<(), OpenE
             wanted,
         }),
         Err(source) => Err(OpenError::Io { path, source }),
+    }
+}
+
+/// Fails with this error where a test has ordered that.
+fn strike(point: Point, errno: i32) -> io::Result<()> {
+    match ax_failpoint::fails(point) {
+        true => Err(io::Error::from_raw_os_error(errno)),
+        false => Ok(()),
     }
 }
 

@@ -11,6 +11,7 @@
 //! regions that the two sides' maps name. [`rotate`] keeps those maps short while both are in sync.
 
 mod apply;
+pub mod busy;
 pub mod image;
 pub mod log;
 pub mod map;
@@ -21,6 +22,7 @@ pub mod rotate;
 pub mod sums;
 pub mod sync;
 
+pub use busy::Busy;
 pub use image::{Image, OpenError};
 pub use log::WriteLog;
 pub use medium::Medium;

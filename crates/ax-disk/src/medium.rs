@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::meta::Identity;
@@ -44,6 +45,18 @@ pub trait Medium: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// The host's own.
     fn next_data(&self, from: u64) -> io::Result<Option<std::ops::Range<u64>>>;
+
+    /// True while the file at `path` is this one.
+    ///
+    /// # Errors
+    /// The path can't be looked at.
+    fn is_at(&self, path: &Path) -> io::Result<bool>;
+
+    /// Has what is read from now on come from the disk, where it is durable there.
+    ///
+    /// # Errors
+    /// The host's own.
+    fn drop_cached(&self) -> io::Result<()>;
 
     /// Which file it is.
     ///
@@ -91,6 +104,25 @@ impl Medium for File {
         };
         let end = lseek(self, start, Whence::SeekHole)?;
         Ok(Some(start.max(0) as u64..end.max(0) as u64))
+    }
+
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        let here = self.metadata()?;
+        match std::fs::metadata(path) {
+            Ok(there) => Ok((here.dev(), here.ino()) == (there.dev(), there.ino())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn drop_cached(&self) -> io::Result<()> {
+        use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+        Ok(posix_fadvise(
+            self,
+            0,
+            0,
+            PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+        )?)
     }
 
     /// A file system that does not tell when a file was made says 0 always.

@@ -173,6 +173,17 @@ pub enum MetaError {
     },
 }
 
+impl From<MetaError> for io::Error {
+    /// Of the same kind, so that a full disk is known for one.
+    fn from(error: MetaError) -> io::Error {
+        let kind = match &error {
+            MetaError::Io { source, .. } => source.kind(),
+            MetaError::Foreign { .. } | MetaError::Damaged { .. } => io::ErrorKind::Other,
+        };
+        io::Error::new(kind, error)
+    }
+}
+
 /// The durable facts of one image.
 #[derive(Debug)]
 pub struct Meta {

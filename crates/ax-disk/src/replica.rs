@@ -199,7 +199,7 @@ impl Replica {
     /// # Errors
     /// An image failed.
     pub fn begin_sync(&self) -> Result<(), ApplyError> {
-        self.each(|disk| disk.begin_overwrite())
+        self.each(Image::begin_copy)
     }
 
     /// Answers what the primary asks to find the blocks that differ; `out` is replaced by the payload.
@@ -259,6 +259,11 @@ impl Replica {
         Ok(())
     }
 
+    /// True once a disk has failed: this shadow must not be promoted (I4).
+    pub fn has_failed(&self) -> bool {
+        self.shared.work.lock().failed.is_some()
+    }
+
     /// Last epoch whose writes are in the images, and last one that ended durable.
     pub fn progress(&self) -> (EpochId, EpochId) {
         let work = self.shared.work.lock();
@@ -290,7 +295,7 @@ impl Replica {
     /// An image failed; this shadow must not be promoted.
     pub fn settle(&self) -> Result<(), ApplyError> {
         self.drain()?;
-        self.each(Image::flush)
+        self.each(Image::flush_at_leisure)
     }
 
     /// Rule 18: [`Self::settle`], then durably writes the generation beside the images. Only after it

@@ -80,6 +80,14 @@ points! {
     Following = "following",
     /// Primary: a device raises its interrupt. Can fail: the interrupt comes too late for ever.
     Interrupt = "interrupt",
+    /// Either side: a disk image is about to be read. Can fail: EIO.
+    ImageRead = "image-read",
+    /// Either side: a disk image is about to be written. Can fail: EIO.
+    ImageWrite = "image-write",
+    /// Either side: a disk image is about to be written. Can fail: ENOSPC.
+    ImageFull = "image-full",
+    /// Either side: a disk image is about to be made durable. Can fail: EIO.
+    ImageSync = "image-sync",
 }
 
 impl fmt::Display for Point {

@@ -106,7 +106,10 @@ pub struct VmArgs {
     pub cpus: Option<u8>,
     /// A disk: a raw image, by path, or by bare name in axd's own image folder. With a size an
     /// absent one is made. Repeatable.
-    #[arg(long, value_name = "PATH[,size=SIZE][,ro][,secondary=sync]")]
+    #[arg(
+        long,
+        value_name = "PATH[,size=SIZE][,ro][,secondary=sync][,on_error=report]"
+    )]
     pub disk: Vec<String>,
     /// A network device on a tap interface. Repeatable.
     #[arg(long, value_name = "tap=NAME[,mac=MAC]")]

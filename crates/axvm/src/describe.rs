@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use ax_api::host::{Code, NewDisk, NewNic, NewVm};
 use ax_api::units::Bytes;
-use ax_api::vm::{Boot, DirtySource, Mode, Secondary};
+use ax_api::vm::{Boot, DirtySource, Mode, OnError, Secondary};
 
 use crate::cli::{DirtyArg, ModeArg, VmArgs};
 use crate::client::Failure;
@@ -125,7 +125,7 @@ fn from_options(name: &str, args: &VmArgs) -> Result<NewVm, Failure> {
     })
 }
 
-/// `PATH[,size=SIZE][,ro][,secondary=sync|async]`
+/// `PATH[,size=SIZE][,ro][,secondary=sync|async][,on_error=hold|report]`
 fn disk(text: &str) -> Result<NewDisk, Failure> {
     let bad = |why: String| usage(format!("--disk {text}: {why}"));
     let mut words = text.split(',');
@@ -138,6 +138,7 @@ fn disk(text: &str) -> Result<NewDisk, Failure> {
         size: None,
         read_only: false,
         secondary: Secondary::default(),
+        on_error: OnError::default(),
     };
     for word in words {
         match word.split_once('=') {
@@ -146,10 +147,13 @@ fn disk(text: &str) -> Result<NewDisk, Failure> {
             }
             Some(("secondary", "sync")) => disk.secondary = Secondary::Sync,
             Some(("secondary", "async")) => disk.secondary = Secondary::Async,
+            Some(("on_error", "hold")) => disk.on_error = OnError::Hold,
+            Some(("on_error", "report")) => disk.on_error = OnError::Report,
             None if word == "ro" => disk.read_only = true,
             _ => {
                 return Err(bad(format!(
-                    "`{word}` is not known: size=SIZE, ro, secondary=sync or secondary=async"
+                    "`{word}` is not known: size=SIZE, ro, secondary=sync, secondary=async, on_error=hold, \
+                     on_error=report"
                 )));
             }
         }
@@ -207,6 +211,9 @@ mod tests {
         assert_eq!(d.path, PathBuf::from("/d/web.img"));
         assert_eq!(d.size, Some(Bytes(1 << 30)));
         assert!(d.read_only && d.secondary == Secondary::Sync);
+        assert_eq!(d.on_error, OnError::Hold);
+        let reports = disk("x,on_error=report").unwrap();
+        assert_eq!(reports.on_error, OnError::Report);
         assert_eq!(disk("web.img").unwrap().path, PathBuf::from("web.img"));
         assert!(disk("./web.img").unwrap().path.is_absolute());
         let n = nic("tap=tap0,mac=52:54:00:01:02:03").unwrap();
@@ -219,6 +226,7 @@ mod tests {
             "x,size=big",
             "x,rw",
             "x,secondary=maybe",
+            "x,on_error=panic",
         ] {
             assert_eq!(disk(bad).unwrap_err().code, Code::Usage, "{bad:?}");
         }

@@ -348,6 +348,8 @@ fn event_line(event: &HostEvent) -> String {
                 let clean = if *clean { ", cleanly stopped" } else { "" };
                 format!("ended: {why}{clean}")
             }
+            What::DiskFails { why } => format!("a disk of this host fails: {why}"),
+            What::DiskWorks { disk } => format!("the disk works again: {disk}"),
             What::Note { text } => text.clone(),
         },
     };

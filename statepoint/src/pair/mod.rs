@@ -15,6 +15,7 @@
 //!  modes     none ─► Joining ─granted─► Alone (now primary); Ft ─leave─► AskingAlone ─granted─► Alone
 //!  planned   Ft ─final epoch acknowledged─► AskingHandover ─granted─► HandedOver: the shadow is told
 //!            to run ─it runs─► InSync (now shadow); the shadow: InSync ─told─► Promoting ─runs─► Ft
+//!  disks     Ft ─they fail─► Parking ─final epoch acknowledged─► Ended; the shadow takes over
 //! ```
 //!
 //! Rules kept here: 20 (every change is asked from the generation known), 21 (whoever has asked
@@ -55,6 +56,8 @@ pub enum Event {
     PromotionFailed,
     /// An operator asks for a planned failover.
     Failover,
+    /// The disks here have failed; the shadow's copy is good (rule 19).
+    Resign,
     /// The guest is parked for good. With a shadow: it has acknowledged the final epoch, applied it
     /// and made its disks durable.
     FinalDone {
@@ -131,6 +134,8 @@ pub enum Ending {
     MayNotStart,
     /// The primary needs no shadow any more.
     Dismissed,
+    /// The disks here have failed: the shadow goes on from the final epoch.
+    Resigned,
 }
 
 /// Where a process is in the pair's life. Every state that may release outputs carries the record
@@ -239,6 +244,8 @@ pub enum Goal {
     Handover,
     /// An orderly stop.
     Stop,
+    /// Leaving the guest to the shadow, which finds this side gone.
+    Resign,
 }
 
 /// One process's view of its pair.

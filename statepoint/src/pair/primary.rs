@@ -182,6 +182,13 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             },
             vec![Action::ParkForGood],
         ),
+        (Phase::Ft { record }, Event::Resign) => (
+            Phase::Parking {
+                record,
+                goal: Goal::Resign,
+            },
+            vec![Action::ParkForGood],
+        ),
         (Phase::Ft { record }, Event::Stop) => (
             Phase::Parking {
                 record,
@@ -227,6 +234,14 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
             ];
             (Phase::AskingStop { record, epoch }, actions)
         }
+        // Nothing has to be durable here, nor to be asked for: the record names the shadow in sync, and
+        // what it says of this side's disks stays true (they have every FLUSH that was answered).
+        (
+            Phase::Parking {
+                goal: Goal::Resign, ..
+            },
+            Event::FinalDone { .. },
+        ) => fenced(Ending::Resigned),
         // What was asked for was a pair's to do: alone the guest goes on, and the operator is told.
         (Phase::Parking { record, .. }, Event::PeerLost) if record.shadow().is_some() => {
             ask_alone(record)

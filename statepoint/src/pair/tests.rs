@@ -325,3 +325,33 @@ fn losing_the_peer_while_parking_leaves_the_guest_running_alone() {
         assert_eq!(pair.may_release(), Some(alone(3, A)));
     }
 }
+
+/// Rule 19: a primary whose disks fail parks, has the shadow confirm the last epoch, and is gone. It asks
+/// for nothing, as it could record nothing; with the shadow lost on the way it goes on.
+#[test]
+fn a_primary_whose_disks_fail_leaves_the_guest_to_its_shadow() {
+    let (parking, actions) = play(primary_in_ft(), [Event::Resign]);
+    assert_eq!(actions, [Action::ParkForGood]);
+    let last = Event::FinalDone {
+        epoch: EpochId(9),
+        durable: false,
+    };
+    let (gone, actions) = play(parking.clone(), [last]);
+    assert_eq!(gone.phase, Phase::Ended);
+    let fenced = Action::EndFenced(Ending::Resigned);
+    assert_eq!(actions, [Action::FreezeOutputs, fenced]);
+    assert_eq!(gone.may_release(), None);
+
+    let (alone, _) = play(parking, [Event::PeerLost]);
+    assert!(matches!(alone.phase, Phase::AskingAlone { .. }));
+
+    // Alone there is nobody to leave it to.
+    let (starting, _) = Pair::starting(A, Flush::Local, Generation(0));
+    let (alone, _) = play(starting, [Event::Granted(alone_record())]);
+    let (still, actions) = play(alone.clone(), [Event::Resign]);
+    assert_eq!((still, actions), (alone, vec![]));
+}
+
+fn alone_record() -> Record {
+    alone(1, A)
+}

@@ -183,6 +183,16 @@ pub enum CaptureError {
     Seal(#[from] SealError),
 }
 
+/// A refusal in words.
+fn said(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::Broken => "a frame or an epoch failed a check",
+        Refusal::Session => "it belongs to another session",
+        Refusal::Diverged => "its memory differs",
+        Refusal::Failed => "its own machine or disk failed",
+    }
+}
+
 /// Why [`PrimaryEngine::run`] returned without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum PrimaryError {
@@ -191,7 +201,7 @@ pub enum PrimaryError {
     #[error("epoch stream: {0}")]
     Link(#[from] LinkError),
     /// The shadow refused the stream. [`Refusal::Broken`] is as a broken link.
-    #[error("the shadow refused the epoch stream: {0:?}")]
+    #[error("the shadow ended the epoch stream: {}", said(*.0))]
     Refused(Refusal),
     /// The shadow does not stand where this engine left it: it needs a new initial copy. If it was
     /// never confirmed, `run` makes one once outputs pass again ([`Barrier::pass`]; the record still

@@ -42,6 +42,8 @@ struct Facts {
     syncing: Option<Instant>,
     phase: Phase,
     warning: Option<String>,
+    disk_fails: Option<String>,
+    disk_holds: bool,
     generation: Generation,
     listen: Vec<SocketAddr>,
     shadow: Option<ShadowHandle>,
@@ -106,6 +108,8 @@ impl Board {
             syncing: None,
             phase: Phase::Starting,
             warning: None,
+            disk_fails: None,
+            disk_holds: false,
             generation: Generation(0),
             listen: Vec::new(),
             shadow: None,
@@ -135,6 +139,12 @@ impl Board {
     /// What an operator must hear of.
     pub fn warn(&self, of: String) {
         self.facts.lock().warning = Some(of);
+    }
+
+    /// Which disk of the guest fails here, and how; none when they work. Whether a request waits for it.
+    pub fn disk_fails(&self, how: Option<String>, holds: bool) {
+        let mut facts = self.facts.lock();
+        (facts.disk_fails, facts.disk_holds) = (how, holds);
     }
 
     /// The engine that follows a primary, if one does.
@@ -193,6 +203,8 @@ impl Board {
             role: facts.role,
             phase: facts.phase.clone(),
             warning: facts.warning.clone(),
+            disk_fails: facts.disk_fails.clone(),
+            disk_holds: facts.disk_holds,
             sync_left_s: facts.sync_left(),
             mode: facts.mode,
             generation: facts.generation,

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ax_disk::{Image, WriteLog};
 use vmm::ports::Disk;
 
+use crate::faults::{Failed, Faults};
+
 /// One image and its place in the VM's write log.
 #[derive(Debug)]
 pub struct MirroredDisk {
@@ -20,6 +22,8 @@ pub struct MirroredDisk {
     pub sync: bool,
     /// So it is while this is set (mode `ha`).
     pub mirrored: Arc<AtomicBool>,
+    /// What becomes of requests that the image can't do.
+    pub faults: Arc<Faults>,
     /// The write in hand is in the log already, before its completion (rule 13: no later than that).
     pub recorded: AtomicBool,
 }
@@ -40,7 +44,9 @@ impl Disk for MirroredDisk {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.image.read(offset, out)
+        let unit = usize::from(self.unit);
+        let read = || self.image.read(offset, out);
+        self.faults.persist(unit, Failed::Read, read)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -52,13 +58,16 @@ impl Disk for MirroredDisk {
                 "request beyond the budget",
             ));
         }
-        self.image
-            .write_in_hand(offset, data)
+        let write = || self.image.write_in_hand(offset, data);
+        self.faults
+            .persist(usize::from(self.unit), Failed::Write, write)
             .inspect_err(|_| self.log.abandoned(data.len()))
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.image.flush()?;
+        let flush = || self.image.flush();
+        let unit = usize::from(self.unit);
+        self.faults.persist(unit, Failed::Flush, flush)?;
         if self.flushes_on_both() {
             self.log.flush_on_shadow(self.unit);
         }
@@ -109,6 +118,7 @@ mod tests {
             log: Arc::new(WriteLog::new(1 << 16, || {})),
             sync,
             mirrored: Arc::default(),
+            faults: Faults::new(vec![Default::default()], || {}),
             recorded: AtomicBool::new(false),
         }
     }

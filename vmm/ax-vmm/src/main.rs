@@ -15,6 +15,7 @@ mod control;
 mod disks;
 mod error;
 mod events;
+mod faults;
 mod guest;
 mod hello;
 mod maps;

@@ -17,6 +17,7 @@ use vmm::{BootConfig, DirtyTracking, Machine, MachineConfig, MachineHandle, NicC
 use crate::console::Console;
 use crate::disks::MirroredDisk;
 use crate::error::Error;
+use crate::faults::{Faults, Standing};
 use crate::guest::SharedMachine;
 use crate::outside::{Sink, Taps};
 
@@ -111,6 +112,8 @@ pub struct Parts {
     /// The other side shares the disks alone (mode `ha`): every FLUSH is durable on both, and it is not told
     /// of received frames.
     pub mirrored: Arc<AtomicBool>,
+    /// Which of its disks fail.
+    pub faults: Arc<Faults>,
     /// How connections are protected.
     pub security: Security,
 }
@@ -180,13 +183,14 @@ fn host_name(name: &str) -> Result<HostName, Error> {
 
 impl Parts {
     /// Opens the images (locked), builds the machine and wires it. `power` is told of a power output
-    /// that has been released.
+    /// that has been released, `disks` that a disk has begun to fail, or works again.
     ///
     /// # Errors
     /// Names what was missing; nothing is left behind.
     pub fn build(
         spec: &Spec,
         power: impl Fn(io_barrier::Power) + Send + 'static,
+        disks: impl Fn() + Send + Sync + 'static,
     ) -> Result<Parts, Error> {
         let security = security(spec)?;
         let bell = EngineBell::default();
@@ -218,6 +222,9 @@ impl Parts {
         };
         let barrier = Arc::new(Barrier::new(config, Box::new(sink), Arc::new(Boottime)));
         let mirrored = Arc::new(AtomicBool::new(false));
+        let each = spec.vm.disks.iter();
+        let each = each.map(|disk| (disk.path.clone(), disk.on_error));
+        let faults = Faults::new(each.collect(), disks);
         let disk = |(unit, image): (usize, &Arc<Image>)| {
             let (image, log) = (Arc::clone(image), Arc::clone(&log));
             let secondary = spec.vm.disks.get(unit).map(|disk| disk.secondary);
@@ -227,6 +234,7 @@ impl Parts {
                 log,
                 sync: secondary == Some(Secondary::Sync),
                 mirrored: Arc::clone(&mirrored),
+                faults: Arc::clone(&faults),
                 recorded: AtomicBool::new(false),
             }) as Arc<dyn Disk>
         };
@@ -253,6 +261,7 @@ impl Parts {
             console,
             bell,
             mirrored,
+            faults,
             security,
         })
     }
@@ -322,6 +331,8 @@ impl Drop for Parts {
         // A disk's thread may wait for a shadow: the machine's end waits for that thread. Nobody sees the
         // request complete.
         self.log.release_flushes();
+        // Or for its disk.
+        self.faults.stand(Standing::Elsewhere);
     }
 }
 

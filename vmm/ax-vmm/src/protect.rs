@@ -29,6 +29,7 @@ use vmm::MachineHandle;
 
 use crate::board::Services;
 use crate::error::Error;
+use crate::faults::Standing;
 use crate::guest::{EpochGuest, Part};
 use crate::maps::MapKeeper;
 use crate::parts::Parts;
@@ -489,6 +490,7 @@ impl Protection {
         parts.log.record(false);
         // Whoever runs the guest now issues them again (rule 13).
         parts.log.release_flushes();
+        parts.faults.stand(Standing::Elsewhere);
         Some(HandedOver {
             committed: committed?,
             sentinel: self.sentinel.take()?,

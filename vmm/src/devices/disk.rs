@@ -152,6 +152,9 @@ impl DiskDevice {
             Taken::Answered => Some(true),
             Taken::Job => {
                 let result = self.perform(job);
+                if result.as_ref().is_err_and(given_back) {
+                    return (!gate.is_stopped()).then_some(false);
+                }
                 self.complete(gate, job, result).map(|()| true)
             }
         }
@@ -351,6 +354,11 @@ impl DiskDevice {
     pub(super) fn load(&self, restored: Restored) {
         self.transport.lock().load(restored);
     }
+}
+
+/// True when the request is not to be completed here.
+fn given_back(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Interrupted
 }
 
 /// Writes the status byte and returns the request at the head of the ring to the guest.

@@ -146,6 +146,18 @@ fn planned_failovers() {
 }
 
 #[test]
+fn failing_disks() {
+    let budget = Budget {
+        crashes: 2,
+        suspicions: 1,
+        restarts: 1,
+        failures: 2,
+        ..NOTHING
+    };
+    check("failing disks", budget, Flush::Local);
+}
+
+#[test]
 fn leaving_ft() {
     let budget = Budget {
         crashes: 2,

@@ -139,6 +139,8 @@ pub enum Step {
     Leave(Side),
     FinalDone(Side),
     FinalNotDurable(Side),
+    /// This side's disks fail: its shadow's copy is to go on.
+    Resign(Side),
     Crash(Side),
     /// A new process is started to boot the guest; it knows the record as it is.
     StartBoot(Side),

@@ -107,7 +107,7 @@ impl Conductor {
 
     /// The arbiter was looked for before a planned failover.
     pub(super) fn arbiter_found(&mut self, found: Result<Record, String>) -> Result<(), Error> {
-        if self.found_for_change(&found)? {
+        if self.found_for_change(&found)? || self.found_for_resigning(&found)? {
             return Ok(());
         }
         let paused = self.parts.machine.is_parked();
@@ -135,7 +135,11 @@ impl Conductor {
 
     /// The guest is parked and its last epoch is on both sides: makes the disks durable there.
     pub(super) fn final_epoch(&mut self, epoch: EpochId) -> Result<(), Error> {
-        self.not_durable = self.flush_disks().err();
+        // Of disks that are left because they fail, nothing is expected any more.
+        self.not_durable = match self.resigns() {
+            true => None,
+            false => self.flush_disks().err(),
+        };
         if let Some(why) = &self.not_durable {
             self.events.note(why.clone());
         }
@@ -154,6 +158,13 @@ impl Conductor {
     /// this process may die at any moment (I4). The mark stays on a guest that goes on here after all,
     /// until it ends with its disks durable or another copy takes their place.
     pub(super) fn drained(&mut self) -> Result<(), Error> {
+        if self.resigns() {
+            self.mark_as_failed();
+            return self.step(Event::FinalDone {
+                epoch: self.last_epoch,
+                durable: false,
+            });
+        }
         let marked = match (&self.protection, &self.not_durable) {
             (Some(_), Some(_)) => self.mark_disks(Condition::Inconsistent),
             (None, None) => self.mark_disks(Condition::Consistent),
@@ -172,11 +183,8 @@ impl Conductor {
         })
     }
 
-    fn flush_disks(&self) -> Result<(), String> {
-        for image in self.parts.images.iter().filter(|i| !i.read_only()) {
-            let path = image.path().display();
-            image.flush().map_err(|error| format!("{path}: {error}"))?;
-        }
+    pub(super) fn flush_disks(&self) -> Result<(), String> {
+        self.flush_in_time()?;
         match ax_failpoint::fails(Point::Draining) {
             true => Err("a test has the flush fail".into()),
             false => Ok(()),

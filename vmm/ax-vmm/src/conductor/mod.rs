@@ -12,6 +12,7 @@ mod primary;
 mod promotion;
 mod shadow;
 mod show;
+mod storage;
 mod word;
 
 use std::collections::VecDeque;
@@ -78,6 +79,8 @@ enum Input {
     Talk(Session, Box<Stream>),
     Heartbeat(Box<Incoming>),
     Following(Stint, Following),
+    /// A disk has begun to fail, or works again.
+    Disks,
 }
 
 /// Counts the protections and followings of this process, so that a late word of one that is over is
@@ -139,6 +142,8 @@ struct Conductor {
     /// Why the disks here could not be made durable at the guest's end here.
     not_durable: Option<String>,
     last_epoch: EpochId,
+    /// What has been told of the disks that fail here.
+    disks: storage::Told,
     ended: Option<Ended>,
 }
 
@@ -162,9 +167,16 @@ fn incarnation() -> Incarnation {
 pub fn run(spec: Spec) -> Result<Ended, Error> {
     let (sender, queue) = mpsc::channel();
     let power = sender.clone();
-    let parts = Parts::build(&spec, move |what| {
-        let _ = power.send(Input::Power(what));
-    })?;
+    let disks = sender.clone();
+    let parts = Parts::build(
+        &spec,
+        move |what| {
+            let _ = power.send(Input::Power(what));
+        },
+        move || {
+            let _ = disks.send(Input::Disks);
+        },
+    )?;
     let peer = spec.peer.clone().unwrap_or_default();
     let me = Member {
         side: Side::of(&spec.host, &peer),
@@ -206,9 +218,11 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         leaving: false,
         not_durable: None,
         last_epoch: EpochId(0),
+        disks: storage::Told::default(),
         ended: None,
         spec,
     };
+    conductor.watch_disks()?;
     conductor.begin()?;
     conductor.conduct()
 }
@@ -225,6 +239,7 @@ impl Conductor {
             if ticked.elapsed() >= Duration::from_secs(1) {
                 ticked = Instant::now();
                 self.board.tick();
+                self.look_at_disks()?;
             }
             if self.permission_over.is_some_and(|at| Instant::now() >= at) {
                 self.permission_over = None;
@@ -269,15 +284,16 @@ impl Conductor {
         if let Some(shadowing) = self.shadowing.take() {
             shadowing.leave(clean);
         }
-        for image in &self.parts.images {
-            if let Err(error) = image.flush() {
-                tracing::error!(%error, path = %image.path().display(), "flush");
-            }
+        if !self.ends_for_its_disks()
+            && let Err(error) = self.flush_in_time()
+        {
+            tracing::error!(%error, "flush");
         }
         self.parts.console.close();
         // Control connections send what is queued for them.
         std::thread::sleep(Duration::from_millis(50));
         let _ = std::fs::remove_file(&self.spec.control);
+        self.last_words();
     }
 
     fn take(&mut self, input: Input, later: &mut VecDeque<Input>) -> Result<(), Error> {
@@ -308,6 +324,7 @@ impl Conductor {
                 Ok(())
             }
             Input::Following(stint, what) => self.following(stint, what),
+            Input::Disks => self.look_at_disks(),
         }
     }
 

@@ -128,7 +128,11 @@ impl Conductor {
                 .why_stopping
                 .take()
                 .unwrap_or_else(|| "stopped in order".into());
-            self.events.tell(What::Ended { why, clean: true });
+            let (why, clean) = match self.flush_disks() {
+                Ok(()) => (why, true),
+                Err(disk) => (self.not_durable_here(&why, &disk), false),
+            };
+            self.events.tell(What::Ended { why, clean });
             self.ended = Some(Ended::InOrder);
             return Ok(());
         }

@@ -9,6 +9,7 @@ use statepoint::pair::{Action, Ending, Event};
 
 use super::{Conductor, DRIFT_MARGIN, Ended};
 use crate::error::Error;
+use crate::faults::Standing;
 use crate::guest::Part;
 use crate::protect::Parked;
 
@@ -99,16 +100,17 @@ impl Conductor {
                 let mut why = why.unwrap_or_else(|| "stopped in order".into());
                 let clean = self.not_durable.is_none();
                 if let Some(disk) = self.not_durable.take() {
-                    why = format!(
-                        "{why}, but the disks of this host could not be made durable: {disk}"
-                    );
-                    self.answer(&Reply::Refused { why: why.clone() });
+                    why = self.not_durable_here(&why, &disk);
                 }
                 self.events.tell(What::Ended { why, clean });
                 self.ended = Some(Ended::InOrder);
             }
             Action::EndFenced(ending) => {
                 let why = match ending {
+                    Ending::Resigned => {
+                        self.resigned();
+                        return Ok(());
+                    }
                     Ending::Superseded => "the other side runs the VM by the arbiter's record",
                     Ending::Stale => "this copy was not in sync when its primary was lost",
                     Ending::Dismissed => "the VM needs no shadow any more, by an operator's order",
@@ -151,6 +153,7 @@ impl Conductor {
                     .map_err(ax_disk::OpenError::from)?;
             }
         }
+        self.parts.faults.stand(Standing::Alone);
         self.parts.machine.lock().start()?;
         self.parts.receive()
     }

@@ -10,6 +10,7 @@ use statepoint::pair::Event;
 
 use super::{Conductor, Input};
 use crate::error::Error;
+use crate::faults::Standing;
 use crate::guest::Part;
 use crate::shadowing::Shadowing;
 
@@ -73,6 +74,8 @@ impl Conductor {
             .promote(record.generation)
             .map_err(|e| e.to_string())?;
         self.parts.taps.open().map_err(|e| e.to_string())?;
+        // From the first instruction on: a disk that fails then keeps its request until more is known.
+        self.parts.faults.stand(Standing::Mirrored);
         self.parts.machine.lock().start().map_err(|e| e.to_string())
     }
 

@@ -87,6 +87,7 @@ impl Conductor {
                 self.step(Event::Confirmed(generation))
             }
             Following::Spoiled(why) => {
+                self.spoiled_by_its_disk(&why);
                 self.events
                     .note(format!("this shadow's copy is spoiled: {why}"));
                 self.events.tell(What::Ended { why, clean: false });

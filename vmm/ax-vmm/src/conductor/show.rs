@@ -11,6 +11,7 @@ impl Conductor {
     /// Puts the present phase on the board, and tells of a new one.
     pub(super) fn show(&mut self) {
         self.keep_desk();
+        self.parts.faults.stand(self.standing());
         let held = |why: &str| Shown::Held {
             waits_for: why.into(),
         };

@@ -155,6 +155,38 @@ fn an_io_error_reaches_the_guest_and_not_the_stream() {
     assert_eq!(request(&rig, &mut queue, 1, 1, DATA, 512).0, 0);
 }
 
+/// Rule 13: who can't do a request shows the guest nothing of it, and leaves it for whoever can.
+#[test]
+fn a_request_given_back_is_seen_by_nobody_and_done_later() {
+    for (kind, len) in [(0, 512), (1, 512), (4, 0)] {
+        let rig = Rig::started();
+        let mut queue = disk(&rig, BLK_FLUSH);
+        rig.disk.gives_back.store(true, SeqCst);
+        rig.put(DATA, &[9; 512]);
+        rig.put(HEADERS, &header(kind, 1));
+        rig.put(STATUS, &[0xee]);
+        let (h, s, d) = ((HEADERS, 16), (STATUS, 1), (DATA, len));
+        match kind {
+            0 => queue.add(&rig, &[h], &[d, s]),
+            1 => queue.add(&rig, &[h, d], &[s]),
+            _ => queue.add(&rig, &[h], &[s]),
+        };
+        queue.kick(&rig);
+        wait_for("it is tried", || rig.disk.inside_ever.load(SeqCst) > 0);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(queue.used(&rig).is_empty() && rig.get(STATUS, 1) == [0xee]);
+        assert_eq!(
+            rig.disk.seen.load(SeqCst),
+            0,
+            "the stream has nothing of it"
+        );
+        rig.disk.gives_back.store(false, SeqCst);
+        rig.set.kick_all();
+        assert_eq!(queue.wait_used(&rig).len(), 1);
+        assert_eq!(rig.get(STATUS, 1), [0]);
+    }
+}
+
 #[test]
 fn a_read_only_disk_says_so_and_refuses_writes() {
     let rig = Rig::with(FakeDisk::new(vec![1; DISK], true));

@@ -85,11 +85,14 @@ pub struct FakeDisk {
     pub image: Mutex<Vec<u8>>,
     pub log: Mutex<Vec<Logged>>,
     pub fail: AtomicBool,
+    /// While true, requests are not completed here.
+    pub gives_back: AtomicBool,
     pub read_only: bool,
     /// While true, I/O waits before it returns.
     held: Mutex<bool>,
     freed: Condvar,
     pub inside: AtomicUsize,
+    pub inside_ever: AtomicUsize,
     pub seen: AtomicU64,
 }
 
@@ -99,10 +102,12 @@ impl FakeDisk {
             image: Mutex::new(image),
             log: Mutex::default(),
             fail: AtomicBool::new(false),
+            gives_back: AtomicBool::new(false),
             read_only,
             held: Mutex::new(false),
             freed: Condvar::new(),
             inside: AtomicUsize::new(0),
+            inside_ever: AtomicUsize::new(0),
             seen: AtomicU64::new(0),
         })
     }
@@ -115,9 +120,12 @@ impl FakeDisk {
     fn io<T>(&self, act: impl FnOnce() -> T) -> io::Result<T> {
         let done = act();
         self.inside.fetch_add(1, SeqCst);
+        self.inside_ever.fetch_add(1, SeqCst);
         self.freed.wait_while(&mut self.held.lock(), |held| *held);
         self.inside.fetch_sub(1, SeqCst);
-        if self.fail.load(SeqCst) {
+        if self.gives_back.load(SeqCst) {
+            Err(io::ErrorKind::Interrupted.into())
+        } else if self.fail.load(SeqCst) {
             Err(io::Error::other("injected"))
         } else {
             Ok(done)

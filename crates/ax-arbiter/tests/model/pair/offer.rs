@@ -57,6 +57,9 @@ impl World {
             if self.budget.failovers > 0 && matches!(phase, Phase::Ft { .. }) {
                 steps.push(Step::Failover(side));
             }
+            if self.budget.failures > 0 && matches!(phase, Phase::Ft { .. }) {
+                steps.push(Step::Resign(side));
+            }
             if self.budget.stops > 0
                 && matches!(
                     phase,

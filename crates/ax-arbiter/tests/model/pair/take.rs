@@ -4,7 +4,7 @@ use ax_arbiter::rules::decide;
 use ax_wire::EpochId;
 use ax_wire::Side;
 use ax_wire::record::{Decision, Flush, Request, State};
-use statepoint::pair::{Event, Phase};
+use statepoint::pair::{Event, Goal, Phase};
 
 use super::{Gate, ME, SIDES, Session, Step, World, at};
 
@@ -102,6 +102,15 @@ impl World {
                 self.leaving = Some(side);
                 self.feed(side, Event::Leave);
             }
+            Step::Resign(side) => {
+                self.budget.failures -= 1;
+                self.feed(side, Event::Resign);
+            }
+            Step::FinalDone(side) if self.resigns(side) => {
+                // What the guest was told is durable here was so; the rest is on the other side alone.
+                self.disks[at(side.other())] = true;
+                self.feed(side, final_done(false));
+            }
             Step::FinalDone(side) => {
                 if self.linked() && self.holds_session(side) {
                     self.disks = [true, true];
@@ -140,6 +149,14 @@ impl World {
             }
         }
         self.forget_what_cannot_matter();
+    }
+
+    fn resigns(&self, side: Side) -> bool {
+        let goal = match self.phase(side) {
+            Some(Phase::Parking { goal, .. }) => *goal,
+            _ => return false,
+        };
+        goal == Goal::Resign
     }
 
     fn decide(&mut self, request: &Request) -> Decision {
