@@ -325,7 +325,12 @@ fn one(site: &mut Site, fault: Fault, n: u32, chance: &mut Chance) -> Result<Out
             outcome.protected = false;
         }
     }
-    for late in late(&senders.stop()?) {
+    let sent = senders.stop()?;
+    if sent.is_empty() {
+        let blind = "the watch of the hosts' taps has seen no frame at all";
+        outcome.violations.push(blind.to_owned());
+    }
+    for late in late(&sent) {
         judge_late(&late, &mut outcome);
     }
     Ok(outcome)
