@@ -325,6 +325,7 @@ fn main() {
                 role,
                 phase: Phase::Starting,
                 warning: None,
+                arbiter: String::new(),
                 sync_left_s: None,
                 mode: spec.vm.mode,
                 generation: Generation(0),

@@ -37,6 +37,7 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
             role,
             phase,
             warning: None,
+            arbiter: String::new(),
             sync_left_s: None,
             mode: Mode::Ft,
             generation: Generation(generation),

@@ -25,6 +25,7 @@ struct Facts {
     syncing: Option<Instant>,
     phase: Phase,
     warning: Option<String>,
+    arbiter: String,
     generation: Generation,
     listen: Vec<SocketAddr>,
     shadow: Option<ShadowHandle>,
@@ -88,6 +89,7 @@ impl Board {
             syncing: None,
             phase: Phase::Starting,
             warning: None,
+            arbiter: String::new(),
             generation: Generation(0),
             listen: Vec::new(),
             shadow: None,
@@ -116,6 +118,11 @@ impl Board {
     /// What an operator must hear of.
     pub fn warn(&self, of: String) {
         self.facts.lock().warning = Some(of);
+    }
+
+    /// Who decides, in words.
+    pub fn decides(&self, arbiter: String) {
+        self.facts.lock().arbiter = arbiter;
     }
 
     /// The engine that follows a primary, if one does.
@@ -169,6 +176,7 @@ impl Board {
             role: facts.role,
             phase: facts.phase.clone(),
             warning: facts.warning.clone(),
+            arbiter: facts.arbiter.clone(),
             sync_left_s: facts.sync_left(),
             mode: facts.mode,
             generation: facts.generation,

@@ -209,6 +209,7 @@ mod tests {
                 role: ax_api::process::Role::Primary,
                 phase: ax_api::process::Phase::Starting,
                 warning: None,
+                arbiter: String::new(),
                 sync_left_s: None,
                 mode: ax_api::vm::Mode::Ft,
                 generation: ax_wire::Generation(0),
