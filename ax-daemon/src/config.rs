@@ -40,6 +40,8 @@ pub struct Config {
     pub link: Vec<IpAddr>,
     /// Who decides who may run.
     pub arbiter: Arbiter,
+    /// The witness that decides in its place when both hosts have lost it.
+    pub standby: Option<Arbiter>,
     /// Whether the link and the peer connection are encrypted.
     pub mtls: bool,
     /// Times that decide.
@@ -61,6 +63,7 @@ impl Config {
             peer: None,
             link: vec![],
             arbiter: Arbiter::Manual,
+            standby: None,
             mtls,
             timing: Timing::default(),
             reprotect: true,
@@ -184,6 +187,7 @@ struct Raw {
     peer: Option<RawHost>,
     link: Option<RawLink>,
     witness: Option<RawHost>,
+    standby: Option<RawHost>,
     etcd: Option<Spanned<Vec<String>>>,
     security: Option<RawSecurity>,
     heartbeat_ms: Option<Spanned<u64>>,
@@ -321,6 +325,28 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
         }
         Some(etcd) => Some(members(etcd.get_ref()).map_err(|why| at(etcd.span(), why))?),
     };
+    let standby = raw
+        .standby
+        .as_ref()
+        .map(|s| other(s, "standby"))
+        .transpose()?;
+    if let (Some(standby), Some(raw)) = (&standby, &raw.standby) {
+        let taken = |host: &Option<Peer>| host.as_ref().is_some_and(|h| h.name == standby.name);
+        if taken(&peer) || taken(&witness) {
+            return Err(at(
+                raw.name.span(),
+                "the standby must be a further machine, with a name of its own".to_owned(),
+            ));
+        }
+        if witness.is_none() && etcd.is_none() {
+            return Err(at(
+                raw.name.span(),
+                "a [standby] stands by for a [witness] or etcd: name the one that decides, or make this \
+                 one the [witness]"
+                    .to_owned(),
+            ));
+        }
+    }
     let link = match (&raw.link, &peer) {
         (None, None) => vec![],
         (None, Some(_)) => {
@@ -408,6 +434,10 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
             (None, Some(members)) => Arbiter::Etcd { members },
             (None, None) => Arbiter::Manual,
         },
+        standby: standby.map(|s| Arbiter::Witness {
+            name: s.name,
+            addresses: s.addresses,
+        }),
         mtls: raw.security != Some(RawSecurity::Plain),
         timing,
         reprotect: raw.reprotect.unwrap_or(true),

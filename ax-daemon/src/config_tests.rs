@@ -39,6 +39,22 @@ fn defaults_are_the_documented_ones() {
 }
 
 #[test]
+fn a_standby_is_a_further_machine_and_stands_by_for_somebody() {
+    let standby = |name: &str| {
+        read(&format!(
+            "{GOOD}standby = {{ name = \"{name}\", addresses = [\"10.0.0.4:7431\"] }}\n"
+        ))
+    };
+    let good = standby("v").unwrap().standby.unwrap();
+    assert_eq!(good.to_string(), "witness v");
+    for taken in ["alpha", "beta", "w"] {
+        assert!(standby(taken).unwrap_err().contains("name"), "{taken}");
+    }
+    let for_nobody = GOOD.replace("witness =", "standby =");
+    assert!(read(&for_nobody).unwrap_err().contains("stands by for"));
+}
+
+#[test]
 fn an_etcd_takes_the_witnesss_place_by_addresses_alone_and_not_beside_one() {
     let without = GOOD.replace("witness = {", "# witness = {");
     let with = |etcd: &str| read(&format!("{without}etcd = {etcd}\n"));

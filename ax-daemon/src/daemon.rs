@@ -256,6 +256,7 @@ impl Daemon {
             link: self.config.link.clone(),
             security: self.config.security(),
             arbiter: self.config.arbiter.clone(),
+            standby: self.config.standby.clone(),
             peer_axd: self
                 .config
                 .peer
@@ -365,12 +366,34 @@ impl Daemon {
         Ok(self.sum_up(vm, &reports, silent.as_deref()))
     }
 
+    /// Who decides for a VM: what its process says, or who is configured.
+    fn arbiter_of(&self, report: &VmReport) -> String {
+        let says = |p: &ProcessReport| p.status.as_ref().map(|s| s.arbiter.clone());
+        let told = report.processes.iter().filter_map(says);
+        let mut told: Vec<String> = told.filter(|arbiter| !arbiter.is_empty()).collect();
+        told.sort();
+        told.dedup();
+        match told.is_empty() {
+            true => self.arbiter_configured(),
+            // In a change of arbiter the two sides differ for a moment.
+            false => told.join("; on the other side: "),
+        }
+    }
+
+    /// Who is configured to decide, and who stands by.
+    fn arbiter_configured(&self) -> String {
+        match &self.config.standby {
+            Some(standby) => format!("{}; {standby} stands by", self.config.arbiter),
+            None => self.config.arbiter.to_string(),
+        }
+    }
+
     fn sum_up(&self, vm: Vm, reports: &[ProcessReport], silent: Option<&str>) -> VmReport {
         let pair = vm.pair.to_string();
         let its = reports.iter().filter(|r| r.pair == pair).cloned().collect();
         let mut report = VmReport::sum_up(vm, its, silent);
         if report.vm.mode != Mode::None {
-            report.arbiter = self.config.arbiter.to_string();
+            report.arbiter = self.arbiter_of(&report);
         }
         if report.state == State::Stopped && self.is_missed(&report.vm.name) {
             report.healthy = false;
@@ -453,7 +476,7 @@ impl Daemon {
             }
             Request::Hosts => Ok(Reply::Hosts {
                 hosts: self.hosts(asker).await,
-                arbiter: self.config.arbiter.to_string(),
+                arbiter: self.arbiter_configured(),
             }),
             Request::Maintenance { host, on } => {
                 done(self.maintenance(host, on, asker, tell).await?)

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ax_api::host::Code;
+use ax_api::process::Arbiter;
 use ax_link::pairing::{Offer, PairError, Paired, Token, join};
 use ax_link::{Identity, Security, TrustStore};
 
@@ -95,6 +96,13 @@ fn failure(error: PairError) -> Failure {
     Failure::new(code, chain(&error))
 }
 
+fn witness_name(arbiter: Option<&Arbiter>) -> Option<&str> {
+    match arbiter {
+        Some(Arbiter::Witness { name, .. }) => Some(name),
+        _ => None,
+    }
+}
+
 fn report(config: &Config, paired: &Paired) {
     println!(
         "{} and {} know each other now (its certificate: {})",
@@ -102,10 +110,8 @@ fn report(config: &Config, paired: &Paired) {
     );
     let expected = [
         config.peer.as_ref().map(|p| p.name.as_str()),
-        match &config.arbiter {
-            ax_api::process::Arbiter::Witness { name, .. } => Some(name.as_str()),
-            ax_api::process::Arbiter::Manual | ax_api::process::Arbiter::Etcd { .. } => None,
-        },
+        witness_name(Some(&config.arbiter)),
+        witness_name(config.standby.as_ref()),
     ];
     let is_host = expected.iter().any(Option::is_some);
     if is_host && !expected.contains(&Some(paired.name.as_str())) {

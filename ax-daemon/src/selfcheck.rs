@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ax_api::check::Check;
 use ax_api::host::Code;
 use ax_api::process::Arbiter;
-use ax_link::{AddressPair, Connector, Preamble};
+use ax_link::{AddressPair, Connector, Preamble, Security};
 
 use crate::config::Config;
 use crate::failure::Failure;
@@ -151,7 +151,14 @@ fn link(config: &Config, report: &mut Report) {
             Err(failure) => Check::bad(&name, failure.code, failure.why),
         });
     }
-    match &config.arbiter {
+    if let Some(standby) = &config.standby {
+        arbiter(standby, security.clone(), report);
+    }
+    arbiter(&config.arbiter, security, report);
+}
+
+fn arbiter(arbiter: &Arbiter, security: Security, report: &mut Report) {
+    match arbiter {
         Arbiter::Witness { name, addresses } => {
             let label = format!("witness {name}");
             let paths = addresses.iter().copied().map(AddressPair::from).collect();

@@ -232,11 +232,24 @@ impl Daemon {
                     Some(&name),
                     format!("found again: process {} goes on", process.pid),
                 );
+                tokio::spawn(self.clone().tell_arbiter(process.clone()));
             }
             self.journal(&name).end();
         }
         self.end_strays();
         Ok(())
+    }
+
+    /// The configuration may name another arbiter than when the process began: a change, once the other
+    /// host's says so too (rule 27).
+    async fn tell_arbiter(self: Arc<Self>, process: Arc<Process>) {
+        let request = Request::Arbiter {
+            arbiter: Box::new(self.config.arbiter.clone()),
+            standby: self.config.standby.clone().map(Box::new),
+        };
+        if let Err(failure) = control::order(&process.control, &request, control::PATIENCE).await {
+            tracing::warn!("{} does not hear of its arbiter: {failure}", process.name);
+        }
     }
 
     /// A start that axd did not live to see through and that has no running guest to show for it. A

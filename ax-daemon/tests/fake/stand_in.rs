@@ -327,6 +327,7 @@ fn main() {
                 warning: None,
                 disk_fails: None,
                 disk_holds: false,
+                arbiter: String::new(),
                 sync_left_s: None,
                 mode: spec.vm.mode,
                 generation: Generation(0),

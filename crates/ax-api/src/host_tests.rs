@@ -39,6 +39,7 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
             warning: None,
             disk_fails: None,
             disk_holds: false,
+            arbiter: String::new(),
             sync_left_s: None,
             mode: Mode::Ft,
             generation: Generation(generation),

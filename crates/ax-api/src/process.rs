@@ -140,6 +140,9 @@ pub struct Spec {
     pub security: Security,
     /// Who decides who may run.
     pub arbiter: Arbiter,
+    /// Who decides in its place when both sides have lost it.
+    #[serde(default)]
+    pub standby: Option<Arbiter>,
     /// Where the other host's axd listens.
     #[serde(default)]
     pub peer_axd: Vec<SocketAddr>,
@@ -213,6 +216,9 @@ pub struct Status {
     /// A request of the guest waits for that disk.
     #[serde(default)]
     pub disk_holds: bool,
+    /// Who decides for it, and who is to or stands by, in words; empty where no third party does.
+    #[serde(default)]
+    pub arbiter: String,
     /// How long the copy under way will take, at its speed so far, seconds; none without one, or too early
     /// to tell.
     #[serde(default)]
@@ -361,6 +367,14 @@ pub enum Request {
     Quit,
     /// The operator's word (manual arbitration): the peer is dead, go on.
     PeerIsDead,
+    /// The configuration names this arbiter from now on: change to it as soon as the other side is ready
+    /// (rule 27).
+    Arbiter {
+        /// Who shall decide.
+        arbiter: Box<Arbiter>,
+        /// Who decides in its place when both sides have lost it.
+        standby: Option<Box<Arbiter>>,
+    },
     /// The other host writes about the pair's record. Answered by [`Reply::Word`].
     Word {
         /// What it writes.

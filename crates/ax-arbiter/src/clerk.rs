@@ -8,10 +8,10 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use ax_wire::PairId;
-use ax_wire::record::{Arbiter, Decision, Record, State};
+use ax_wire::record::{Arbiter, Decision, State};
 
 use crate::message::{Ask, Fault, Said};
-use crate::rules::{self, Registered, Registration};
+use crate::rules::{self, Registered, Registration, Standing, Told};
 use crate::store::{Batch, Entry, Store, StoreError};
 
 /// Most questions decided in one commit.
@@ -39,7 +39,7 @@ pub enum Job {
 
 /// One side's registration that waits for the other side's.
 struct Waiting {
-    record: Record,
+    told: Told,
     since: Instant,
 }
 
@@ -127,7 +127,15 @@ fn answer(
             registration,
             by_operator,
         } => {
-            return register(me, records, waiting, registration, *by_operator, host, now);
+            let new = (registration, Standing::Registers);
+            return register(me, records, waiting, new, *by_operator, host, now);
+        }
+        Ask::Stand {
+            registration,
+            standing,
+        } => {
+            let new = (registration, *standing);
+            return register(me, records, waiting, new, false, host, now);
         }
         Ask::Forget { pair, from } => match records.get(*pair)? {
             None => Said::Forgotten(true),
@@ -146,12 +154,13 @@ fn register(
     me: Arbiter,
     records: &mut Batch<'_>,
     waiting: &mut HashMap<PairId, [Option<Waiting>; 2]>,
-    new: &Registration,
+    (new, standing): (&Registration, Standing),
     by_operator: bool,
     host: Option<&str>,
     now: Instant,
 ) -> Result<Said, StoreError> {
     let Registration { pair, side, record } = *new;
+    let mine = Told { record, standing };
     let known = records.get(pair)?;
     waiting.retain(|_, sides| {
         for slot in sides.iter_mut() {
@@ -162,12 +171,12 @@ fn register(
     let other = waiting
         .get(&pair)
         .and_then(|sides| sides[side.other() as usize].as_ref())
-        .map(|w| w.record);
+        .map(|w| w.told);
     let said = rules::register(
         me,
         known.as_ref().map(|entry| &entry.record),
         other.as_ref(),
-        &record,
+        &mine,
         by_operator,
     );
     match said {
@@ -187,12 +196,15 @@ fn register(
             }
             waiting.remove(&pair);
         }
-        Registered::Waiting | Registered::Disagrees { .. } => {
+        Registered::Waiting | Registered::Disagrees { .. } | Registered::Agreed { .. } => {
             if waiting.len() >= MAX_WAITING && !waiting.contains_key(&pair) {
                 return Ok(Said::Registered(Registered::Full));
             }
             let sides = waiting.entry(pair).or_default();
-            sides[side as usize] = Some(Waiting { record, since: now });
+            sides[side as usize] = Some(Waiting {
+                told: mine,
+                since: now,
+            });
         }
         Registered::Behind { .. } | Registered::Full => {}
     }
@@ -203,7 +215,7 @@ fn register(
 mod tests {
     use super::*;
     use ax_wire::Side;
-    use ax_wire::record::Copies;
+    use ax_wire::record::{Copies, Record};
 
     const PAIR: PairId = PairId([4; 16]);
 

@@ -17,8 +17,8 @@ use ax_wire::record::{Decision, Record, Request, WitnessId};
 use ax_wire::{Generation, PairId};
 use parking_lot::{Condvar, Mutex};
 
-use crate::message::{self, Answer, Ask, Call, Fault, MessageError, Said, VERSIONS};
-use crate::rules::{Registered, Registration};
+use crate::message::{self, Answer, Ask, Call, Fault, MOVES, MessageError, Said, VERSIONS};
+use crate::rules::{Registered, Registration, Standing};
 
 /// How often an idle connection is pinged, and a lost one dialled again.
 pub const PING: Duration = Duration::from_secs(1);
@@ -71,6 +71,7 @@ struct Shared {
 struct Connection {
     stream: Stream,
     witness: WitnessId,
+    version: u16,
 }
 
 /// How one attempt failed.
@@ -82,6 +83,10 @@ enum AttemptError {
     Message(#[from] MessageError),
     #[error("an answer to another question")]
     Mismatch,
+    #[error(
+        "it speaks version {0} of its protocol and takes no pair over from another arbiter: upgrade it"
+    )]
+    TooOld(u16),
     #[error(transparent)]
     Fault(Fault),
 }
@@ -164,6 +169,51 @@ impl Client {
         Ok(registered)
     }
 
+    /// Tells the witness what this side knows of a pair that another arbiter decides for, or did.
+    ///
+    /// # Errors
+    /// No answer.
+    pub fn stand(
+        &self,
+        registration: Registration,
+        standing: Standing,
+        deadline: Instant,
+    ) -> Result<Registered, AskError> {
+        let ask = Ask::Stand {
+            registration,
+            standing,
+        };
+        self.call(ask, deadline, false, |said| match said {
+            Said::Registered(registered) => Some(registered),
+            _ => None,
+        })
+    }
+
+    /// Who the witness is, and which store it has; asks it only if no connection is warm.
+    ///
+    /// # Errors
+    /// No answer.
+    pub fn identify(&self, deadline: Instant) -> Result<WitnessId, AskError> {
+        let warm = self.shared.warm.lock().as_ref().map(|c| c.witness);
+        match warm {
+            Some(witness) => Ok(witness),
+            None => {
+                self.call(Ask::Ping, deadline, false, |said| {
+                    matches!(said, Said::Pong).then_some(())
+                })?;
+                let warm = self.shared.warm.lock().as_ref().map(|c| c.witness);
+                warm.ok_or_else(|| AskError::Unreachable {
+                    last: "the connection was lost at once".into(),
+                })
+            }
+        }
+    }
+
+    /// From now on grants of this witness count, and of no other.
+    pub fn expect(&self, witness: WitnessId) {
+        *self.shared.expected.lock() = Some(witness);
+    }
+
     /// Makes the witness forget a stopped pair that has been undefined; true when it is unknown now.
     ///
     /// # Errors
@@ -226,6 +276,9 @@ impl Client {
                         }
                         _ => {}
                     }
+                    if matches!(ask, Ask::Stand { .. }) && connection.version < MOVES {
+                        return Err(AttemptError::TooOld(connection.version));
+                    }
                     let answer = exchange(&mut connection, shared.id(), ask, until, &pick)?;
                     shared.keep(connection);
                     Ok(Ok(answer))
@@ -250,12 +303,13 @@ impl Shared {
         let mut connection = Connection {
             stream,
             witness: nobody,
+            version: 0,
         };
         let hello = |said| match said {
-            Said::Hello { witness, .. } => Some(witness),
+            Said::Hello { witness, version } => Some((witness, version)),
             _ => None,
         };
-        connection.witness = exchange(
+        (connection.witness, connection.version) = exchange(
             &mut connection,
             self.id(),
             Ask::Hello(VERSIONS),

@@ -11,13 +11,16 @@ use ax_wire::record::{Decision, Record, Request, WitnessId};
 use ax_wire::{Generation, PairId};
 use bincode::{Decode, Encode};
 
-use crate::rules::{Registered, Registration};
+use crate::rules::{Registered, Registration, Standing};
 
 /// Versions of this dialogue that this build speaks, oldest and newest.
 pub const VERSIONS: Versions = Versions {
     oldest: 1,
-    newest: 1,
+    newest: 2,
 };
+
+/// From this version on a witness knows [`Ask::Stand`].
+pub const MOVES: u16 = 2;
 
 /// A range of versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
@@ -70,6 +73,13 @@ pub enum Ask {
         /// The generation the caller knows.
         from: Generation,
     },
+    /// This is what I know of a pair that another arbiter decides for, or did ([`MOVES`]).
+    Stand {
+        /// What the side knows.
+        registration: Registration,
+        /// How it stands to the arbiter asked.
+        standing: Standing,
+    },
 }
 
 /// An answer.
@@ -97,7 +107,7 @@ pub enum Said {
     Record(Option<Record>),
     /// To [`Ask::Change`].
     Decision(Decision),
-    /// To [`Ask::Register`].
+    /// To [`Ask::Register`] and [`Ask::Stand`].
     Registered(Registered),
     /// To [`Ask::Forget`]: true when the pair is now unknown.
     Forgotten(bool),

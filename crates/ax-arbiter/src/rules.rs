@@ -5,6 +5,7 @@ use ax_wire::record::{
 };
 use ax_wire::{Generation, PairId, Side};
 use bincode::{Decode, Encode};
+use serde::{Deserialize, Serialize};
 
 /// Decides on one request to the arbiter `me`, whose record of the pair is `record`.
 ///
@@ -53,7 +54,7 @@ pub fn decide(me: Arbiter, record: Option<&Record>, request: &Request) -> Decisi
 }
 
 /// True when this very request, or one of the same caller with the same outcome, made the record.
-fn was_made_by(record: &Record, request: &Request) -> bool {
+pub fn was_made_by(record: &Record, request: &Request) -> bool {
     let caller = request.caller;
     record.by == Some(caller)
         && match request.change {
@@ -173,8 +174,34 @@ pub struct Registration {
     pub record: Record,
 }
 
+/// How a side stands to the arbiter it speaks to (rule 27).
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
+pub enum Standing {
+    /// Another one decides for it; it would change to this one together with the other side.
+    Proposes,
+    /// It knows of no other arbiter.
+    Registers,
+    /// The arbiter it had counts for nothing any more, durably: it asks that one nothing.
+    Moves,
+    /// The record that the arbiter before this one granted names this one.
+    TakesOver,
+}
+
+/// What one side has told an arbiter.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+)]
+pub struct Told {
+    /// The latest record it knows.
+    pub record: Record,
+    /// How it stands to this arbiter.
+    pub standing: Standing,
+}
+
 /// What came of a registration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum Registered {
     /// The arbiter knows the pair; this is its record.
     Known(Record),
@@ -192,37 +219,68 @@ pub enum Registered {
     },
     /// Too many pairs, known or waiting.
     Full,
+    /// To a proposal: the other side is here too and knows the same.
+    Agreed {
+        /// It asks nobody else any more.
+        firm: bool,
+    },
 }
 
-/// Registers what one side knows with the arbiter `me` (rule 27).
+/// Hears what one side knows; `me` is the arbiter (rule 27).
 ///
-/// `known` is its record, `other` what the other side has registered lately. Nothing becomes
-/// known before both sides say the same, or an operator says so; a pair that is known stays as it
-/// is, unless its record was moved to another arbiter and comes back later.
+/// `known` is its record, `other` what the other side has told it lately. Nothing becomes known
+/// before both sides say the same, or an operator says so, or the arbiter before this one has made it
+/// its successor by a change of the record. A pair that is known stays as it is, unless it went to
+/// another arbiter and comes back later.
+///
+/// A pair that both sides bring from another arbiter begins one generation later: so whatever an
+/// arbiter still has of a pair that left it is older than anything either side knows.
 pub fn register(
     me: Arbiter,
     known: Option<&Record>,
-    other: Option<&Record>,
-    mine: &Record,
+    other: Option<&Told>,
+    mine: &Told,
     by_operator: bool,
 ) -> Registered {
+    let Told { record, standing } = *mine;
     match known {
-        Some(known) if known.arbiter == me => return Registered::Known(*known),
-        Some(known) if known.generation > mine.generation => {
+        Some(known) if known.arbiter == me => {
+            let (known_at, at) = (known.generation, record.generation);
+            let named = record.arbiter == me && known_at == at;
+            if standing == Standing::Registers || known_at > at || named {
+                return Registered::Known(*known);
+            }
+        }
+        Some(known) if known.generation > record.generation => {
             return Registered::Behind { known: *known };
         }
         _ => {}
     }
-    match other {
-        _ if by_operator => {}
-        None => return Registered::Waiting,
-        Some(other) if !other.agrees_with(mine) => return Registered::Disagrees { other: *other },
-        Some(_) => {}
-    }
-    Registered::Known(Record {
+    let here = |record: Record| Record {
         arbiter: me,
-        ..*mine
-    })
+        ..record
+    };
+    match (other, standing) {
+        (_, Standing::TakesOver) if record.arbiter == me => Registered::Known(record),
+        (_, Standing::TakesOver) => Registered::Waiting,
+        _ if by_operator => Registered::Known(here(record)),
+        (None, _) => Registered::Waiting,
+        (Some(other), _) if !other.record.agrees_with(&record) => Registered::Disagrees {
+            other: other.record,
+        },
+        (Some(other), Standing::Proposes) => Registered::Agreed {
+            firm: other.standing != Standing::Proposes,
+        },
+        (Some(other), _) if other.standing == Standing::Proposes => Registered::Waiting,
+        (Some(other), _) => {
+            let moved = [standing, other.standing].contains(&Standing::Moves);
+            let generation = record.generation.0.saturating_add(u64::from(moved));
+            Registered::Known(Record {
+                generation: Generation(generation),
+                ..here(record)
+            })
+        }
+    }
 }
 
 /// Whose word stands behind a change where no witness decides.

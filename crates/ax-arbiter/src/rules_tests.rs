@@ -292,24 +292,26 @@ fn an_unknown_pair_becomes_known_when_both_sides_agree_or_an_operator_says_so() 
         ..record(FT)
     };
     let known = Registered::Known(record(FT));
+    let mine = registers(mine);
     assert_eq!(register(ME, None, None, &mine, false), Registered::Waiting);
     assert_eq!(register(ME, None, Some(&mine), &mine, false), known);
     assert_eq!(register(ME, None, None, &mine, true), known);
     let older = Record {
         generation: Generation(6),
-        ..mine
+        ..mine.record
     };
     let disagrees = Registered::Disagrees { other: older };
+    let older = registers(older);
     assert_eq!(register(ME, None, Some(&older), &mine, false), disagrees);
 }
 
 #[test]
 fn registering_never_changes_what_is_known() {
     let known = record(ALONE);
-    let claim = Record {
+    let claim = registers(Record {
         generation: Generation(99),
         ..record(STOPPED)
-    };
+    });
     let answer = register(ME, Some(&known), Some(&claim), &claim, true);
     assert_eq!(answer, Registered::Known(known));
 }
@@ -317,14 +319,15 @@ fn registering_never_changes_what_is_known() {
 #[test]
 fn a_pair_that_moved_away_comes_back_only_with_a_later_record() {
     let moved = outcome_of_move();
-    let old = record(FT);
+    let old = registers(record(FT));
     let answer = register(ME, Some(&moved), Some(&old), &old, true);
     assert_eq!(answer, Registered::Behind { known: moved });
     let later = Record {
         generation: Generation(12),
         ..moved
     };
-    let answer = register(ME, Some(&moved), Some(&later), &later, false);
+    let told = registers(later);
+    let answer = register(ME, Some(&moved), Some(&told), &told, false);
     assert_eq!(
         answer,
         Registered::Known(Record {
@@ -332,6 +335,80 @@ fn a_pair_that_moved_away_comes_back_only_with_a_later_record() {
             ..later
         })
     );
+}
+
+fn registers(record: Record) -> Told {
+    Told {
+        record,
+        standing: Standing::Registers,
+    }
+}
+
+/// Whatever one side says of itself, the new arbiter grants nothing before the other one says that it is
+/// done with the old one, too.
+#[test]
+fn a_pair_that_comes_without_the_old_arbiter_is_known_when_both_are_done_with_it() {
+    let mine = Record {
+        arbiter: OTHER,
+        ..record(FT)
+    };
+    let says = |standing| Told {
+        record: mine,
+        standing,
+    };
+    let (proposes, moves) = (says(Standing::Proposes), says(Standing::Moves));
+    let one = |other, me| register(ME, None, Some(&other), &me, false);
+    assert_eq!(one(proposes, proposes), Registered::Agreed { firm: false });
+    assert_eq!(one(moves, proposes), Registered::Agreed { firm: true });
+    assert_eq!(one(proposes, moves), Registered::Waiting);
+    // One later than what anybody knew: what the old arbiter still has is known for what it is.
+    let known = Record {
+        generation: Generation(8),
+        ..record(FT)
+    };
+    assert_eq!(one(moves, moves), Registered::Known(known));
+    let again = |standing| register(ME, Some(&known), None, &says(standing), false);
+    assert_eq!(again(Standing::Moves), Registered::Known(known));
+    assert_eq!(again(Standing::Proposes), Registered::Known(known));
+}
+
+#[test]
+fn what_an_arbiter_has_of_a_pair_that_left_it_is_no_answer_when_it_comes_back() {
+    let left = record(FT);
+    let mine = |standing| Told {
+        record: Record {
+            arbiter: OTHER,
+            ..record(FT)
+        },
+        standing,
+    };
+    for standing in [Standing::Proposes, Standing::Moves] {
+        let said = register(ME, Some(&left), None, &mine(standing), false);
+        assert_eq!(said, Registered::Waiting);
+    }
+    let moves = mine(Standing::Moves);
+    let said = register(ME, Some(&left), Some(&moves), &moves, false);
+    assert!(matches!(said, Registered::Known(r) if r.generation == Generation(8)));
+}
+
+#[test]
+fn a_record_that_names_its_next_arbiter_is_taken_over_from_one_side() {
+    let moved = outcome_of_move();
+    let shows = Told {
+        record: moved,
+        standing: Standing::TakesOver,
+    };
+    let taken = Registered::Known(moved);
+    assert_eq!(register(OTHER, None, None, &shows, false), taken);
+    // Again, and late: the pair has gone on there.
+    let later = Record {
+        generation: Generation(11),
+        ..moved
+    };
+    let said = register(OTHER, Some(&later), None, &shows, false);
+    assert_eq!(said, Registered::Known(later));
+    // Nobody else's.
+    assert_eq!(register(ME, None, None, &shows, false), Registered::Waiting);
 }
 
 #[test]

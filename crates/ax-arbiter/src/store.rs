@@ -151,6 +151,31 @@ impl Store {
             redb::DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.clone()),
             other => other.into(),
         })?;
+        let store = Store::begin(db, identity, &path)?;
+        // The names of new files must survive a power cut before anything is promised.
+        std::fs::File::open(dir)
+            .and_then(|d| d.sync_all())
+            .map_err(io(dir))?;
+        store.check()?;
+        Ok(store)
+    }
+
+    /// Opens the store on another medium than a file, or makes it there. For tests of what a medium does
+    /// when its power is cut.
+    ///
+    /// # Errors
+    /// The database cannot be used, or an entry is damaged.
+    pub fn open_on(
+        medium: impl redb::StorageBackend,
+        identity: [u8; 16],
+    ) -> Result<Store, StoreError> {
+        let db = redb::Builder::new().create_with_backend(medium)?;
+        let store = Store::begin(db, identity, Path::new("a medium"))?;
+        store.check()?;
+        Ok(store)
+    }
+
+    fn begin(db: Database, identity: [u8; 16], path: &Path) -> Result<Store, StoreError> {
         let txn = db.begin_write()?;
         let store = {
             let mut meta = txn.open_table(META)?;
@@ -159,23 +184,17 @@ impl Store {
             match known {
                 Some(known) => known,
                 None => {
-                    let new = random(&dir.join("records.redb"))?;
+                    let new = random(path)?;
                     meta.insert(INCARNATION, new)?;
                     new
                 }
             }
         };
         txn.commit()?;
-        // The names of new files must survive a power cut before anything is promised.
-        std::fs::File::open(dir)
-            .and_then(|d| d.sync_all())
-            .map_err(io(dir))?;
-        let store = Store {
+        Ok(Store {
             db,
             id: WitnessId { identity, store },
-        };
-        store.check()?;
-        Ok(store)
+        })
     }
 
     /// Who this witness is, and which store this is.

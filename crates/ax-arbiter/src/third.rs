@@ -3,11 +3,11 @@
 use std::time::Instant;
 
 use ax_wire::PairId;
-use ax_wire::record::{Decision, Record, Request};
+use ax_wire::record::{Decision, Record, Request, WitnessId};
 
 use crate::client::{AskError, Client};
 use crate::etcd::Etcd;
-use crate::rules::{Registered, Registration};
+use crate::rules::{Registered, Registration, Standing};
 
 /// A third party. Its answers are durable there before they are given.
 pub trait ThirdParty: Send {
@@ -32,6 +32,29 @@ pub trait ThirdParty: Send {
         registration: &Registration,
         deadline: Instant,
     ) -> Result<Registered, AskError>;
+
+    /// Tells it what this side knows of a pair that another arbiter decides for, or did (rule 27).
+    ///
+    /// # Errors
+    /// No answer.
+    fn stand(
+        &mut self,
+        registration: &Registration,
+        standing: Standing,
+        deadline: Instant,
+    ) -> Result<Registered, AskError>;
+
+    /// Who it is, with which store.
+    ///
+    /// # Errors
+    /// No answer.
+    fn identify(&mut self, deadline: Instant) -> Result<WitnessId, AskError>;
+
+    /// From now on its grants count if it is this one, with this store.
+    fn expect(&mut self, id: WitnessId);
+
+    /// False when it is known that it would not answer soon.
+    fn is_near(&self) -> bool;
 }
 
 impl ThirdParty for Client {
@@ -50,6 +73,27 @@ impl ThirdParty for Client {
     ) -> Result<Registered, AskError> {
         Client::register(self, *registration, false, deadline)
     }
+
+    fn stand(
+        &mut self,
+        registration: &Registration,
+        standing: Standing,
+        deadline: Instant,
+    ) -> Result<Registered, AskError> {
+        Client::stand(self, *registration, standing, deadline)
+    }
+
+    fn identify(&mut self, deadline: Instant) -> Result<WitnessId, AskError> {
+        Client::identify(self, deadline)
+    }
+
+    fn expect(&mut self, id: WitnessId) {
+        Client::expect(self, id);
+    }
+
+    fn is_near(&self) -> bool {
+        self.is_warm()
+    }
 }
 
 impl ThirdParty for Etcd {
@@ -67,5 +111,26 @@ impl ThirdParty for Etcd {
         deadline: Instant,
     ) -> Result<Registered, AskError> {
         Etcd::register(self, registration, false, deadline)
+    }
+
+    fn stand(
+        &mut self,
+        registration: &Registration,
+        standing: Standing,
+        deadline: Instant,
+    ) -> Result<Registered, AskError> {
+        Etcd::stand(self, registration, standing, deadline)
+    }
+
+    fn identify(&mut self, deadline: Instant) -> Result<WitnessId, AskError> {
+        Etcd::identify(self, deadline)
+    }
+
+    fn expect(&mut self, id: WitnessId) {
+        Etcd::expect(self, id);
+    }
+
+    fn is_near(&self) -> bool {
+        true
     }
 }

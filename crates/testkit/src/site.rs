@@ -20,6 +20,9 @@ use crate::{Error, Result};
 pub const AXD_PORT: u16 = 7430;
 /// Where the witness listens.
 pub const WITNESS_PORT: u16 = 7431;
+/// Where a second one listens, on the same host.
+const SECOND_WITNESS_PORT: u16 = 7441;
+const SECOND_WITNESS: &str = "0.0.0.0:7441";
 /// Where a side waits for the other for the time of pairing.
 const PAIRING_PORT: u16 = 7432;
 /// Where etcd listens.
@@ -110,6 +113,7 @@ impl Side {
 #[derive(Debug)]
 pub struct Site {
     witness: Option<Daemon>,
+    second: Option<Daemon>,
     axd: [Option<Daemon>; 2],
     /// The hosts and networks.
     pub lab: Lab,
@@ -146,6 +150,7 @@ impl Site {
         let lab = Lab::new(spec.lab)?;
         let mut site = Site {
             witness: None,
+            second: None,
             axd: [None, None],
             lab,
             product,
@@ -299,6 +304,61 @@ impl Site {
         self.wait_for_witness("axd witness", WITNESS_PORT)
     }
 
+    /// Starts a second witness, `witness2`, with a store of its own, beside the first one. For sites without
+    /// mutual TLS: it has no keys.
+    ///
+    /// # Errors
+    /// When it does not listen in time; with its log.
+    pub fn start_second_witness(&mut self) -> Result<()> {
+        drop(self.second.take());
+        let dir = self.dir.path().join("w2");
+        self.make_dir(&dir)?;
+        let args = [
+            "witness".as_ref(),
+            "--name".as_ref(),
+            "witness2".as_ref(),
+            "--plain".as_ref(),
+            "--data-dir".as_ref(),
+            dir.as_os_str(),
+            "--listen".as_ref(),
+            SECOND_WITNESS.as_ref(),
+        ];
+        let logs = self.dir.path().join("second");
+        self.make_dir(&logs)?;
+        let daemon = Daemon::on(&self.lab.witness, &self.product.axd, args, &logs)?;
+        let port = SECOND_WITNESS_PORT;
+        self.second = Some(daemon);
+        self.wait_for_witness("the second axd witness", port)
+    }
+
+    /// The folder with the first witness's store.
+    pub fn witness_store(&self) -> PathBuf {
+        self.dir.path().join("w").join("witness")
+    }
+
+    /// Writes into both hosts' configurations, in place of the first witness, the second one as the
+    /// witness, or as the one that stands by. An axd reads it when it is started anew.
+    ///
+    /// # Errors
+    /// A file can't be written.
+    pub fn name_second_witness(&self, as_standby: bool) -> Result<()> {
+        for side in [Side::A, Side::B] {
+            let text = self.config_text(side);
+            let at = text.find("\n[witness]").unwrap_or(text.len());
+            let (rest, first) = text.split_at(at);
+            let (first, kind) = match as_standby {
+                true => (first, "standby"),
+                false => ("", "witness"),
+            };
+            let second = format!(
+                "\n[{kind}]\nname = \"witness2\"\naddresses = [\"{}:{SECOND_WITNESS_PORT}\"]\n",
+                addr::WITNESS
+            );
+            self.write(&self.config(side), &format!("{rest}{first}{second}"))?;
+        }
+        Ok(())
+    }
+
     /// Waits until what was started in the witness's place listens.
     fn wait_for_witness(&mut self, program: &str, port: u16) -> Result<()> {
         let target = (addr::WITNESS, port).into();
@@ -306,7 +366,13 @@ impl Site {
         let answers =
             || std::net::TcpStream::connect_timeout(&target, Duration::from_millis(200)).is_ok();
         while !self.lab.client.run(answers)? {
-            let ended = match &mut self.witness {
+            let second = port == SECOND_WITNESS_PORT;
+            let daemon = if second {
+                &mut self.second
+            } else {
+                &mut self.witness
+            };
+            let ended = match daemon {
                 Some(daemon) => daemon.exit_status()?.is_some(),
                 None => true,
             };
@@ -315,7 +381,7 @@ impl Site {
                     program: program.into(),
                     wanted: format!("an open port {port}"),
                     seconds: READY.as_secs(),
-                    log: self.witness.as_ref().map_or(String::new(), Daemon::log),
+                    log: daemon.as_ref().map_or(String::new(), Daemon::log),
                 });
             }
             std::thread::sleep(Duration::from_millis(5));

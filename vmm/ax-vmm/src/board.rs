@@ -44,6 +44,7 @@ struct Facts {
     warning: Option<String>,
     disk_fails: Option<String>,
     disk_holds: bool,
+    arbiter: String,
     generation: Generation,
     listen: Vec<SocketAddr>,
     shadow: Option<ShadowHandle>,
@@ -110,6 +111,7 @@ impl Board {
             warning: None,
             disk_fails: None,
             disk_holds: false,
+            arbiter: String::new(),
             generation: Generation(0),
             listen: Vec::new(),
             shadow: None,
@@ -145,6 +147,11 @@ impl Board {
     pub fn disk_fails(&self, how: Option<String>, holds: bool) {
         let mut facts = self.facts.lock();
         (facts.disk_fails, facts.disk_holds) = (how, holds);
+    }
+
+    /// Who decides, in words.
+    pub fn decides(&self, arbiter: String) {
+        self.facts.lock().arbiter = arbiter;
     }
 
     /// The engine that follows a primary, if one does.
@@ -205,6 +212,7 @@ impl Board {
             warning: facts.warning.clone(),
             disk_fails: facts.disk_fails.clone(),
             disk_holds: facts.disk_holds,
+            arbiter: facts.arbiter.clone(),
             sync_left_s: facts.sync_left(),
             mode: facts.mode,
             generation: facts.generation,

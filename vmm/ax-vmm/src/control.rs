@@ -211,6 +211,7 @@ mod tests {
                 warning: None,
                 disk_fails: None,
                 disk_holds: false,
+                arbiter: String::new(),
                 sync_left_s: None,
                 mode: ax_api::vm::Mode::Ft,
                 generation: ax_wire::Generation(0),

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ax_api::process::{Arbiter, Security as SecuritySpec, Spec};
 use ax_api::vm::{Boot, DirtySource, Secondary};
+use ax_arbiter::{Client, Etcd};
 use ax_disk::{Image, WriteLog};
 use ax_link::{AddressPair, Connector, HostName, Identity, Security, TrustStore};
 use ax_wire::records::{Record, RecordKind};
@@ -14,6 +15,7 @@ use statepoint::primary::PrimaryHandle;
 use vmm::ports::{Disk, Full, Outputs, Power};
 use vmm::{BootConfig, DirtyTracking, Machine, MachineConfig, MachineHandle, NicConfig, Ports};
 
+use crate::asker::third::Connect;
 use crate::console::Console;
 use crate::disks::MirroredDisk;
 use crate::error::Error;
@@ -288,23 +290,20 @@ impl Parts {
         self.connector(spec, &spec.peer_axd)
     }
 
-    /// Leads to the witness; none where an operator decides.
-    ///
-    /// # Errors
-    /// The witness has no usable name.
-    pub fn witness(&self, spec: &Spec) -> Result<Option<Connector>, Error> {
-        match &spec.arbiter {
-            Arbiter::Manual | Arbiter::Etcd { .. } => Ok(None),
+    /// Makes clients of third parties.
+    pub fn third_parties(&self) -> Connect {
+        let security = self.security.clone();
+        Box::new(move |place, expected| match place {
+            Arbiter::Manual => Err(Error::Arbiter("there is no third party".into())),
+            Arbiter::Etcd { members } => Ok(Box::new(Etcd::new(members.clone(), expected))),
             Arbiter::Witness { name, addresses } => {
                 let pairs = addresses.iter().map(|a| AddressPair::from(*a)).collect();
                 let name = host_name(name)?;
-                Ok(Some(Connector::new(
-                    self.security.clone(),
-                    pairs,
-                    Some(name),
-                )))
+                let connector = Connector::new(security.clone(), pairs, Some(name));
+                let client = Client::new(connector, expected).map_err(Error::Thread)?;
+                Ok(Box::new(client))
             }
-        }
+        })
     }
 
     /// Hands frames from the taps to the guest, and first to the shadow, in a thread of its own.

@@ -4,7 +4,7 @@
 //! ```text
 //! /ax/store                     this store's life: 16 random bytes, hexadecimal, written once by AX
 //! /ax/pair/PAIR                 a pair's record, JSON
-//! /ax/waiting/PAIR/SIDE         one side's registration, JSON; gone after some seconds (a lease)
+//! /ax/waiting/PAIR/SIDE         what one side has told, JSON; gone after some seconds (a lease)
 //! ```
 //!
 //! Every answer is the outcome of one transaction that a quorum has seen: the read is linearizable, the
@@ -23,7 +23,7 @@ use data_encoding::BASE64;
 use serde_json::{Value, json};
 
 use crate::client::AskError;
-use crate::rules::{self, Registered, Registration};
+use crate::rules::{self, Registered, Registration, Standing, Told};
 use crate::store::random;
 
 /// Where AX keeps its things.
@@ -51,8 +51,8 @@ struct Found {
     record: Option<Record>,
     /// The record's revision; 0 when there is none.
     revision: i64,
-    /// The other side's registration.
-    other: Option<Record>,
+    /// What the other side has told lately.
+    other: Option<Told>,
 }
 
 impl Etcd {
@@ -106,7 +106,52 @@ impl Etcd {
         by_operator: bool,
         deadline: Instant,
     ) -> Result<Registered, AskError> {
+        let registered = self.tell(registration, Standing::Registers, by_operator, deadline)?;
+        if let Registered::Known(Record {
+            arbiter: Arbiter::Witness(id),
+            ..
+        }) = registered
+        {
+            self.expected = Some(id);
+        }
+        Ok(registered)
+    }
+
+    /// Tells the cluster what this side knows of a pair that another arbiter decides for, or did.
+    ///
+    /// # Errors
+    /// No answer.
+    pub fn stand(
+        &mut self,
+        registration: &Registration,
+        standing: Standing,
+        deadline: Instant,
+    ) -> Result<Registered, AskError> {
+        self.tell(registration, standing, false, deadline)
+    }
+
+    /// The cluster's identity and its store's life.
+    ///
+    /// # Errors
+    /// No answer.
+    pub fn identify(&mut self, deadline: Instant) -> Result<WitnessId, AskError> {
+        Ok(self.find(PairId([0; 16]), None, deadline)?.id)
+    }
+
+    /// From now on grants of this store count, and of no other.
+    pub fn expect(&mut self, id: WitnessId) {
+        self.expected = Some(id);
+    }
+
+    fn tell(
+        &mut self,
+        registration: &Registration,
+        standing: Standing,
+        by_operator: bool,
+        deadline: Instant,
+    ) -> Result<Registered, AskError> {
         let Registration { pair, side, record } = *registration;
+        let told = Told { record, standing };
         for _ in 0..CONTENDED {
             let found = self.find(pair, Some(side.other()), deadline)?;
             let me = Arbiter::Witness(found.id);
@@ -114,19 +159,18 @@ impl Etcd {
                 me,
                 found.record.as_ref(),
                 found.other.as_ref(),
-                &record,
+                &told,
                 by_operator,
             );
             match registered {
                 Registered::Known(known) => {
                     let is_known = found.record == Some(known);
                     if is_known || self.write(pair, &found, &known, deadline)? {
-                        self.expected = Some(found.id);
                         return Ok(registered);
                     }
                 }
                 _ => {
-                    self.wait_there(registration, deadline)?;
+                    self.wait_there(registration, &told, deadline)?;
                     return Ok(registered);
                 }
             }
@@ -235,11 +279,12 @@ impl Etcd {
     fn wait_there(
         &mut self,
         registration: &Registration,
+        told: &Told,
         deadline: Instant,
     ) -> Result<(), AskError> {
         let lease = json!({"TTL": TOGETHER.to_string()});
         let lease = self.call("/v3/lease/grant", &lease, deadline)?;
-        let text = serde_json::to_string(&registration.record)
+        let text = serde_json::to_string(told)
             .map_err(|e| unreachable(&format!("a record that can't be written: {e}")))?;
         let put = json!({
             "key": encode(&waiting_key(registration.pair, registration.side)),

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ax_api::process::Arbiter as Place;
 use ax_arbiter::Manual;
 use ax_arbiter::manual::{Change as Changed, ManualError};
 use ax_arbiter::message;
@@ -455,6 +456,20 @@ impl Keeper for AtDesk {
             ax_failpoint::reached(Point::Granted);
         }
         heard
+    }
+
+    fn aim(
+        &mut self,
+        configured: Place,
+        _standby: Option<Place>,
+        _tell: &Tell,
+    ) -> Result<(), String> {
+        match configured {
+            Place::Manual => Ok(()),
+            third => Err(format!(
+                "{third} decides for this VM from its next start on"
+            )),
+        }
     }
 
     /// What was changed without the other host is told it as soon as it is there again.

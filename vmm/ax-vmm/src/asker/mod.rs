@@ -5,14 +5,18 @@
 //! acts on it. Who answers is a [`Keeper`]'s business: a third party ([`third`]), or the two hosts and
 //! their operator ([`manual`]).
 
+mod course;
 mod mail;
 pub mod manual;
 pub mod third;
+
+pub use course::Course;
 
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use ax_api::process::Arbiter;
 use ax_wire::Generation;
 use ax_wire::record::{Change, Record, Refusal};
 
@@ -44,6 +48,10 @@ pub enum Heard {
     Superseded(Record),
     /// Nothing was asked; an operator must hear of this.
     Alarm(String),
+    /// Nothing was asked; worth a line.
+    Note(String),
+    /// Who decides, and who is to, in words.
+    Decides(String),
 }
 
 /// Reports to the conductor.
@@ -59,12 +67,23 @@ pub trait Keeper: Send {
     fn ask(&mut self, from: Generation, change: Change, tell: &Tell) -> Heard;
     /// Nothing has been asked for [`IDLE`].
     fn idle(&mut self, _tell: &Tell) {}
+    /// The configuration names this arbiter, and one that stands by, from now on.
+    ///
+    /// # Errors
+    /// Why this process can't take that in.
+    fn aim(
+        &mut self,
+        configured: Arbiter,
+        standby: Option<Arbiter>,
+        tell: &Tell,
+    ) -> Result<(), String>;
 }
 
 enum Task {
     Learn,
     Probe,
     Ask(Generation, Change),
+    Aim(Arbiter, Option<Arbiter>),
 }
 
 /// The handle to the asking thread.
@@ -86,6 +105,12 @@ impl Asker {
                     Ok(Task::Learn) => keeper.learn(&tell),
                     Ok(Task::Probe) => keeper.probe(),
                     Ok(Task::Ask(from, change)) => keeper.ask(from, change, &tell),
+                    Ok(Task::Aim(configured, standby)) => {
+                        if let Err(why) = keeper.aim(configured, standby, &tell) {
+                            tell(Heard::Note(format!("the arbiter configured now: {why}")));
+                        }
+                        continue;
+                    }
                     Err(mpsc::RecvTimeoutError::Timeout) => {
                         keeper.idle(&tell);
                         continue;
@@ -111,6 +136,11 @@ impl Asker {
     /// Looks once whether the arbiter answers; ends in [`Heard::Reachable`].
     pub fn probe(&self) {
         let _ = self.tasks.send(Task::Probe);
+    }
+
+    /// The configuration names this arbiter, and one that stands by, from now on.
+    pub fn aim(&self, configured: Arbiter, standby: Option<Arbiter>) {
+        let _ = self.tasks.send(Task::Aim(configured, standby));
     }
 
     /// Asks for a change; ends in [`Heard::Granted`] or [`Heard::Refused`].

@@ -1,43 +1,54 @@
 //! A third party keeps the record, a witness or an etcd cluster; this process asks it.
 //!
 //! The record granted is written down before it is acted on: it is what this host registers should the
-//! third party lose its store (rule 27).
+//! third party lose its store (rule 27). Where another one is to decide, its steps are taken here
+//! ([`change`]), between questions and while one stands: the asking thread does one thing at a time, so
+//! nobody who has asked the old one can hear its answer once that is void.
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ax_arbiter::rules::{Registered, Registration};
-use ax_arbiter::{AskError, ThirdParty, manual};
+use ax_api::process::Arbiter as Place;
+use ax_arbiter::change::{self, Old, Step, View};
+use ax_arbiter::rules::{self, Registered, Registration};
+use ax_arbiter::{AskError, ThirdParty};
 use ax_failpoint::Point;
 use ax_wire::record::{
     Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, Why, WitnessId,
 };
 use ax_wire::{Generation, PairId};
 
+use super::course::Course;
 use super::{AGAIN, Heard, Keeper, TRY, Tell};
+use crate::error::Error;
 
-/// The witness that the last record acted on names, if any: grants of another count for nothing
-/// until both sides have registered with it (rule 27).
-pub fn known_witness(state_dir: &Path) -> Option<WitnessId> {
-    match load(&state_dir.join(manual::FILE))?.arbiter {
-        Arbiter::Witness(id) => Some(id),
-        Arbiter::Operator => None,
-    }
-}
+/// How long a third party may take to answer while nothing is asked: a question would wait behind it.
+const GLANCE: Duration = Duration::from_millis(200);
+/// How long the arbiter must have been silent before the pair goes to another one without it.
+const LOST: Duration = Duration::from_secs(5);
+/// Most steps of a change in one round.
+const STEPS: usize = 16;
+
+/// Makes a client of a third party. `expected` is the store that the pair's record names, if one does.
+pub type Connect =
+    Box<dyn Fn(&Place, Option<WitnessId>) -> Result<Box<dyn ThirdParty>, Error> + Send>;
 
 /// A third party, asked for one process of a pair.
 pub struct AtThird {
     client: Box<dyn ThirdParty>,
+    /// The one that is to decide, or stands by.
+    next: Option<(Place, Box<dyn ThirdParty>)>,
+    connect: Connect,
+    course: Course,
     pair: PairId,
     me: Member,
     /// What both sides register of a pair that no arbiter has ever known.
     first: Record,
-    file: PathBuf,
-}
-
-/// Reads the last record this host acted on.
-fn load(file: &Path) -> Option<Record> {
-    serde_json::from_slice(&std::fs::read(file).ok()?).ok()
+    /// Since when the present one does not answer.
+    silent_since: Option<Instant>,
+    /// Generation before and after a change of arbiter that changed nothing else.
+    shift: Option<(Generation, Generation)>,
+    /// The arbiter was changed in this process's life.
+    changed: bool,
 }
 
 fn silent(error: &AskError, tell: &Tell) {
@@ -45,62 +56,332 @@ fn silent(error: &AskError, tell: &Tell) {
     std::thread::sleep(AGAIN);
 }
 
+fn witness_of(record: Option<Record>) -> Option<WitnessId> {
+    match record?.arbiter {
+        Arbiter::Witness(id) => Some(id),
+        Arbiter::Operator => None,
+    }
+}
+
 impl AtThird {
     /// `current` says whose disks are current if the pair was never started; both sides must say the
     /// same.
+    ///
+    /// # Errors
+    /// The third party's name can't be used.
     pub fn new(
-        client: Box<dyn ThirdParty>,
+        connect: Connect,
+        course: Course,
         pair: PairId,
         me: Member,
         current: Copies,
-        state_dir: &Path,
-    ) -> AtThird {
-        AtThird {
-            client,
+    ) -> Result<AtThird, Error> {
+        let mut this = AtThird {
+            client: connect(course.now(), witness_of(course.record()))?,
+            next: None,
+            connect,
+            course,
             pair,
             me,
             first: Record::defined(current, Arbiter::Operator),
-            file: state_dir.join(manual::FILE),
+            silent_since: None,
+            shift: None,
+            changed: false,
+        };
+        this.look_ahead()?;
+        Ok(this)
+    }
+
+    fn mine(&self) -> Record {
+        self.course.record().unwrap_or(self.first)
+    }
+
+    fn registration(&self) -> Registration {
+        Registration {
+            pair: self.pair,
+            side: self.me.side,
+            record: self.mine(),
         }
     }
 
-    /// Registers what this side knows (rule 27); none while the other side has not done so.
-    fn register(&mut self, tell: &Tell) -> Option<Heard> {
-        let record = load(&self.file).unwrap_or(self.first);
-        let registration = Registration {
-            pair: self.pair,
-            side: self.me.side,
-            record,
-        };
-        match self.client.register(&registration, Instant::now() + TRY) {
-            Ok(Registered::Known(record)) => return Some(Heard::Known(record)),
-            Ok(Registered::Waiting) => {
-                tell(Heard::Silent(
-                    "the arbiter does not know this VM yet: it waits for the other host to \
-                     register it too"
-                        .into(),
-                ));
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            Ok(Registered::Disagrees { other: known } | Registered::Behind { known }) => {
-                let refusal = Refusal {
-                    record: Some(known),
-                    why: Why::Stale,
-                };
-                return Some(Heard::Refused(refusal));
-            }
-            Ok(Registered::Full) => {
-                tell(Heard::Silent("the arbiter is full".into()));
-                std::thread::sleep(AGAIN);
-            }
-            Err(error) => silent(&error, tell),
+    /// Has a client of the one that is to decide, if there is one.
+    fn look_ahead(&mut self) -> Result<(), Error> {
+        let next = self.course.next().map(|(place, _)| place.clone());
+        if self.next.as_ref().map(|(place, _)| place) != next.as_ref() {
+            self.next = match next {
+                Some(place) => {
+                    let client = (self.connect)(&place, None)?;
+                    Some((place, client))
+                }
+                None => None,
+            };
         }
-        None
+        Ok(())
+    }
+
+    /// Counts how long the present one has been silent.
+    fn answered(&mut self, answered: bool) {
+        match answered {
+            true => self.silent_since = None,
+            false => {
+                self.silent_since.get_or_insert_with(Instant::now);
+            }
+        }
+    }
+
+    fn is_lost(&self) -> bool {
+        self.silent_since
+            .is_some_and(|since| since.elapsed() > LOST)
+    }
+
+    /// What the present one has of the pair now.
+    fn glance(&mut self) -> Old {
+        let found = match self.client.is_near() {
+            true => self.client.look(self.pair, Instant::now() + GLANCE),
+            false => Err(AskError::Unreachable {
+                last: "no connection".into(),
+            }),
+        };
+        self.answered(!matches!(found, Err(AskError::Unreachable { .. })));
+        match found {
+            Ok(Some(record)) => Old::Knows(record),
+            Err(_) if self.is_lost() => Old::Lost,
+            Ok(None) | Err(_) => Old::Nothing,
+        }
+    }
+
+    /// Goes as far as it can now on the way to the next arbiter; the record by which that one decides,
+    /// if it does at the end. `asking`: a question stands.
+    fn round(&mut self, asking: bool, tell: &Tell) -> Option<Record> {
+        match self.try_round(asking, tell) {
+            Ok(settled) => settled,
+            Err(why) => {
+                tracing::debug!(why, "the next arbiter");
+                None
+            }
+        }
+    }
+
+    fn try_round(&mut self, asking: bool, tell: &Tell) -> Result<Option<Record>, String> {
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        let Some(aim) = self.course.next().map(|(_, aim)| aim) else {
+            return Ok(None);
+        };
+        let mut view = match &mut self.next {
+            Some((_, next)) if next.is_near() => {
+                let id = next
+                    .identify(Instant::now() + GLANCE)
+                    .map_err(|e| text(&e))?;
+                let mine = self.mine();
+                let holds = mine.holder() == Some(self.me) && mine.shadow().is_some();
+                View {
+                    mine,
+                    void: self.course.is_void(),
+                    to: Arbiter::Witness(id),
+                    aim,
+                    protected: holds && !asking,
+                    old: None,
+                    new: None,
+                }
+            }
+            _ => return Ok(None),
+        };
+        for _ in 0..STEPS {
+            let step = change::next(&view);
+            match step {
+                Step::Rest => return Ok(None),
+                Step::Look => view.old = Some(self.glance()),
+                Step::Tell(standing) => {
+                    let registration = self.registration();
+                    let Some((_, next)) = &mut self.next else {
+                        return Ok(None);
+                    };
+                    let said = next.stand(&registration, standing, Instant::now() + GLANCE);
+                    view.new = Some(said.map_err(|e| text(&e))?);
+                }
+                Step::AskMove => {
+                    let change = Change::MoveArbiter { to: view.to };
+                    let request = self.request(view.mine.generation, change);
+                    let asked = self.client.ask(&request, Instant::now() + GLANCE);
+                    let moved = asked.map_err(|e| text(&e))?.granted();
+                    let moved = moved.map_err(|e| text(&e))?;
+                    self.course.learned(moved).map_err(|e| text(&e))?;
+                    self.shifts(&view.mine, &moved);
+                    (view.mine, view.new) = (moved, None);
+                }
+                Step::Void => {
+                    let Some((place, _)) = &self.next else {
+                        return Ok(None);
+                    };
+                    self.course.void(place.clone()).map_err(|e| text(&e))?;
+                    (view.void, view.new) = (true, None);
+                }
+                Step::Adopt(record) => {
+                    self.course.learned(record).map_err(|e| text(&e))?;
+                    if record.arbiter == view.to {
+                        self.shifts(&view.mine, &record);
+                    }
+                    view.mine = record;
+                    (view.old, view.new) = (None, None);
+                }
+                Step::Settle(record) => {
+                    self.settle(record, tell).map_err(|e| text(&e))?;
+                    return Ok(Some(record));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next one decides from now on.
+    fn settle(&mut self, record: Record, tell: &Tell) -> Result<(), Error> {
+        let Some((place, mut client)) = self.next.take() else {
+            return Ok(());
+        };
+        let before = self.mine();
+        let wrote = self.course.settle(place.clone(), record);
+        if let Err(error) = wrote {
+            self.next = Some((place, client));
+            return Err(Error::Arbiter(error.to_string()));
+        }
+        if let Some(id) = witness_of(Some(record)) {
+            client.expect(id);
+        }
+        self.shifts(&before, &record);
+        self.client = client;
+        self.silent_since = None;
+        self.changed = true;
+        self.look_ahead()?;
+        tell(Heard::Note(format!(
+            "{place} decides from now on: {record}"
+        )));
+        self.name(tell);
+        Ok(())
+    }
+
+    /// The record `before` has become `after` by a change of arbiter alone.
+    fn shifts(&mut self, before: &Record, after: &Record) {
+        if before.state == after.state && before.generation != after.generation {
+            let from = match self.shift {
+                Some((first, last)) if last == before.generation => first,
+                _ => before.generation,
+            };
+            self.shift = Some((from, after.generation));
+        }
+    }
+
+    fn name(&self, tell: &Tell) {
+        tell(Heard::Decides(self.course.to_string()));
+    }
+
+    fn request(&self, from: Generation, change: Change) -> Request {
+        Request {
+            pair: self.pair,
+            caller: self.me,
+            from,
+            change,
+        }
+    }
+
+    /// A question from before a change of arbiter means the same after it.
+    fn translated(&self, request: &Request) -> Request {
+        match self.shift {
+            Some((before, after)) if before == request.from => Request {
+                from: after,
+                ..*request
+            },
+            _ => *request,
+        }
+    }
+
+    /// Registers what this side knows (rule 27), once; an answer if there is one.
+    fn register(&mut self, wait: Duration) -> Result<Option<Result<Record, Refusal>>, String> {
+        let mine = self.mine();
+        let registration = self.registration();
+        let said = self.client.register(&registration, Instant::now() + wait);
+        let refusal = |known| Refusal {
+            record: Some(known),
+            why: Why::Stale,
+        };
+        match said.map_err(|e| e.to_string())? {
+            Registered::Known(record) => {
+                self.course.learned(record).map_err(|e| e.to_string())?;
+                Ok(Some(Ok(record)))
+            }
+            Registered::Waiting | Registered::Agreed { .. } => Err(
+                "the arbiter does not know this VM yet: it waits for the other host to register it too"
+                    .into(),
+            ),
+            // The other side lives and knows more: this one learns from it, and registers that.
+            Registered::Disagrees { other } if other.generation > mine.generation => {
+                self.course.learned(other).map_err(|e| e.to_string())?;
+                Ok(None)
+            }
+            Registered::Disagrees { other } if other.generation < mine.generation => {
+                Err("the arbiter does not know this VM yet: the other host registers an older \
+                     record and has to learn of the present one"
+                    .into())
+            }
+            Registered::Disagrees { other: known } | Registered::Behind { known } => {
+                Ok(Some(Err(refusal(known))))
+            }
+            Registered::Full => Err("the arbiter is full".into()),
+        }
+    }
+
+    /// Registers and tells why nothing is known yet.
+    fn register_aloud(&mut self, tell: &Tell) -> Option<Result<Record, Refusal>> {
+        match self.register(TRY) {
+            Ok(said) => said,
+            Err(why) => {
+                tell(Heard::Silent(why));
+                std::thread::sleep(Duration::from_millis(50));
+                None
+            }
+        }
+    }
+
+    /// Nobody can be asked before the next one knows the pair.
+    fn wait_for_next(&mut self, tell: &Tell) -> Option<Record> {
+        let settled = self.round(true, tell);
+        if settled.is_none() {
+            let to = self.next.as_ref().map(|(place, _)| place.to_string());
+            let to = to.unwrap_or_else(|| "another arbiter".into());
+            tell(Heard::Silent(format!(
+                "{} is given up for {to}, which waits for the other host to do the same",
+                self.course.now()
+            )));
+            std::thread::sleep(AGAIN);
+        }
+        settled
+    }
+
+    /// The record at the present arbiter names another one.
+    fn moved_away(&mut self, record: &Record, tell: &Tell) -> Option<Record> {
+        let settled = self.round(true, tell);
+        if settled.is_none() {
+            tell(Heard::Silent(format!(
+                "{} has handed the VM over to another arbiter ({record}), which this host does not \
+                 reach or is not configured with",
+                self.course.now()
+            )));
+            std::thread::sleep(AGAIN);
+        }
+        settled
+    }
+
+    /// True when the arbiter that gave this record is the one the record names.
+    fn is_its_own(&mut self, record: &Record) -> bool {
+        let id = self.client.identify(Instant::now() + TRY);
+        id.is_ok_and(|id| record.arbiter == Arbiter::Witness(id))
     }
 }
 
 impl Keeper for AtThird {
     fn probe(&mut self) -> Heard {
+        if self.course.is_void() {
+            return Heard::Reachable(Err("its arbiter is being changed".into()));
+        }
         let found = self.client.look(self.pair, Instant::now() + TRY);
         ax_failpoint::reached(Point::Found);
         Heard::Reachable(match found {
@@ -111,61 +392,167 @@ impl Keeper for AtThird {
     }
 
     fn learn(&mut self, tell: &Tell) -> Heard {
+        self.name(tell);
         loop {
+            if self.course.is_void() {
+                if let Some(record) = self.wait_for_next(tell) {
+                    return Heard::Known(record);
+                }
+                continue;
+            }
             match self.client.look(self.pair, Instant::now() + TRY) {
-                Ok(Some(record)) => return Heard::Known(record),
-                Ok(None) => {
-                    if let Some(heard) = self.register(tell) {
-                        return heard;
+                Ok(Some(record)) if !self.is_its_own(&record) => {
+                    self.answered(true);
+                    if let Some(record) = self.moved_away(&record, tell) {
+                        return Heard::Known(record);
                     }
                 }
-                Err(AskError::OtherWitness { .. }) => {
-                    if let Some(heard) = self.register(tell) {
-                        return heard;
+                Ok(Some(record)) => {
+                    self.answered(true);
+                    if record.generation < self.mine().generation {
+                        tell(Heard::Silent(Why::StoreBehind.to_string()));
+                        std::thread::sleep(AGAIN);
+                        continue;
+                    }
+                    match self.course.learned(record) {
+                        Ok(()) => return Heard::Known(record),
+                        Err(error) => {
+                            tell(Heard::Silent(error.to_string()));
+                            std::thread::sleep(AGAIN);
+                        }
                     }
                 }
-                Err(error) => silent(&error, tell),
+                Ok(None) | Err(AskError::OtherWitness { .. }) => {
+                    self.answered(true);
+                    match self.register_aloud(tell) {
+                        Some(Ok(record)) => return Heard::Known(record),
+                        Some(Err(refusal)) => return Heard::Refused(refusal),
+                        None => {}
+                    }
+                    if let Some(record) = self.round(true, tell) {
+                        return Heard::Known(record);
+                    }
+                }
+                Err(error) => {
+                    self.answered(false);
+                    silent(&error, tell);
+                    if let Some(record) = self.round(true, tell) {
+                        return Heard::Known(record);
+                    }
+                }
             }
         }
     }
 
     fn ask(&mut self, from: Generation, change: Change, tell: &Tell) -> Heard {
-        let request = Request {
-            pair: self.pair,
-            caller: self.me,
-            from,
-            change,
-        };
+        let question = self.request(from, change);
         ax_failpoint::reached(Point::Asking);
         loop {
+            if self.course.is_void() {
+                self.wait_for_next(tell);
+                continue;
+            }
+            let request = self.translated(&question);
             match self.client.ask(&request, Instant::now() + TRY) {
                 Ok(Decision::Granted(record) | Decision::Already(record)) => {
+                    self.answered(true);
                     // Without it this host would later register something older: keep trying.
-                    match manual::write(&self.file, &record) {
+                    match self.course.granted(&record) {
                         Ok(()) => {
                             ax_failpoint::reached(Point::Granted);
                             return Heard::Granted(record);
                         }
                         Err(error) => {
-                            let file = self.file.display();
-                            tell(Heard::Silent(format!("write {file}: {error}")));
+                            tell(Heard::Silent(format!("the record of the grant: {error}")));
                             std::thread::sleep(AGAIN);
                         }
                     }
+                }
+                Ok(Decision::Refused(Refusal {
+                    why: Why::OtherArbiter,
+                    record: Some(record),
+                })) => {
+                    self.answered(true);
+                    self.moved_away(&record, tell);
                 }
                 Ok(Decision::Refused(Refusal {
                     why: Why::UnknownPair,
                     ..
                 }))
                 | Err(AskError::OtherWitness { .. }) => {
+                    self.answered(true);
                     // A new store: nothing is granted until both sides have registered.
-                    if let Some(Heard::Refused(refusal)) = self.register(tell) {
+                    if let Some(Err(refusal)) = self.register_aloud(tell) {
                         return Heard::Refused(refusal);
                     }
+                    self.round(true, tell);
                 }
-                Ok(Decision::Refused(refusal)) => return Heard::Refused(refusal),
-                Err(error) => silent(&error, tell),
+                Ok(Decision::Refused(refusal)) => {
+                    self.answered(true);
+                    // Granted by the arbiter before, unheard, and brought to this one since.
+                    let made = |r: &Record| self.changed && rules::was_made_by(r, &question);
+                    match refusal.record.filter(made) {
+                        Some(record) if self.course.granted(&record).is_ok() => {
+                            return Heard::Granted(record);
+                        }
+                        _ => return Heard::Refused(refusal),
+                    }
+                }
+                Err(error) => {
+                    self.answered(false);
+                    silent(&error, tell);
+                    self.round(true, tell);
+                }
             }
         }
     }
+
+    /// A store that was wiped is told again what this side knows; a change of arbiter goes on.
+    fn idle(&mut self, tell: &Tell) {
+        self.round(false, tell);
+        if self.course.is_void() || !self.client.is_near() {
+            self.answered(false);
+            return;
+        }
+        match self.client.look(self.pair, Instant::now() + GLANCE) {
+            Ok(Some(record)) => {
+                self.answered(true);
+                if record.generation > self.mine().generation
+                    && let Err(error) = self.course.learned(record)
+                {
+                    tracing::warn!(%error, "the record of the pair");
+                }
+            }
+            Ok(None) | Err(AskError::OtherWitness { .. }) => {
+                self.answered(true);
+                match self.register(GLANCE) {
+                    Ok(Some(Ok(record))) => {
+                        tell(Heard::Note(format!(
+                            "registered with the arbiter anew: {record}"
+                        )));
+                    }
+                    Ok(_) => {}
+                    Err(why) => tell(Heard::Note(why)),
+                }
+            }
+            Err(_) => self.answered(false),
+        }
+    }
+
+    fn aim(
+        &mut self,
+        configured: Place,
+        standby: Option<Place>,
+        tell: &Tell,
+    ) -> Result<(), String> {
+        let aimed = self.course.aim(configured, standby);
+        aimed.map_err(|e| e.to_string())?;
+        self.look_ahead().map_err(|e| e.to_string())?;
+        self.name(tell);
+        Ok(())
+    }
 }
+
+#[cfg(test)]
+#[path = "third_tests.rs"]
+mod tests;

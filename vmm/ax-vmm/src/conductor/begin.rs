@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use ax_api::process::{Arbiter, Start};
 use ax_api::vm::{Mode, Secondary};
-use ax_arbiter::{Client, Etcd};
 use ax_link::{Acceptor, Channel};
 use ax_wire::Session;
 use ax_wire::hello::Role as HelloRole;
@@ -16,8 +15,8 @@ use statepoint::pair::Pair;
 
 use super::{Conductor, Input, Life};
 use crate::asker::manual::{self, AtDesk, Desk, Owner};
-use crate::asker::third::{AtThird, known_witness};
-use crate::asker::{Asker, Keeper, Tell};
+use crate::asker::third::AtThird;
+use crate::asker::{Asker, Course, Keeper, Tell};
 use crate::control::{self, Boards};
 use crate::error::Error;
 use crate::guest::Part;
@@ -123,16 +122,15 @@ impl Conductor {
             Start::Shadow => self.me.side.other(),
         });
         let (pair, me, state_dir) = (self.spec.vm.pair, self.me, &self.spec.state_dir);
-        if let Some(witness) = self.parts.witness(&self.spec)? {
-            let client = Client::new(witness, known_witness(state_dir)).map_err(Error::Thread)?;
-            let keeper = AtThird::new(Box::new(client), pair, me, current, state_dir);
+        let failed = |e: std::io::Error| Error::Arbiter(format!("{}: {e}", state_dir.display()));
+        if self.spec.arbiter != Arbiter::Manual {
+            let (arbiter, standby) = (self.spec.arbiter.clone(), self.spec.standby.clone());
+            let course = Course::open(state_dir, arbiter, standby).map_err(failed)?;
+            let connect = self.parts.third_parties();
+            let keeper = AtThird::new(connect, course, pair, me, current)?;
             return Ok(Box::new(keeper));
         }
-        if let Arbiter::Etcd { members } = &self.spec.arbiter {
-            let client = Etcd::new(members.clone(), known_witness(state_dir));
-            let keeper = AtThird::new(Box::new(client), pair, me, current, state_dir);
-            return Ok(Box::new(keeper));
-        }
+        Course::forget(state_dir).map_err(failed)?;
         let owner = Owner {
             name: &self.spec.vm.name,
             pair,

@@ -126,6 +126,8 @@ struct Conductor {
     lost_at: Option<Instant>,
     copied: (u64, u64),
     waits_for: Option<String>,
+    /// The last line told of the arbiter.
+    noted: Option<String>,
     /// The last alarm told.
     alarmed: Option<String>,
     /// Who waits for a stop or a planned failover.
@@ -209,6 +211,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         lost_at: None,
         copied: (0, 0),
         waits_for: None,
+        noted: None,
         alarmed: None,
         waiting: Vec::new(),
         probing: Vec::new(),
@@ -390,6 +393,17 @@ impl Conductor {
             }
             Heard::Reachable(found) => self.arbiter_found(found),
             Heard::Superseded(record) => self.superseded(record),
+            Heard::Note(text) => {
+                if self.noted.as_ref() != Some(&text) {
+                    self.events.note(text.clone());
+                    self.noted = Some(text);
+                }
+                Ok(())
+            }
+            Heard::Decides(arbiter) => {
+                self.board.decides(arbiter);
+                Ok(())
+            }
             Heard::Alarm(why) => {
                 self.alarm(why);
                 Ok(())

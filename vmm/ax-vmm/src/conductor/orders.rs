@@ -75,6 +75,12 @@ impl Conductor {
                 Reply::Done
             }
             Request::PeerIsDead => done(self.peer_is_dead()),
+            Request::Arbiter { arbiter, standby } => {
+                if let Some(asker) = &self.asker {
+                    asker.aim(*arbiter, standby.map(|standby| *standby));
+                }
+                Reply::Done
+            }
             Request::Word { letter } => self.written_to(&letter),
             Request::PeerGone { incarnation } => {
                 let primary = self.shadowing.as_ref().map(|s| s.primary.incarnation);
