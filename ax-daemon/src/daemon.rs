@@ -458,6 +458,10 @@ impl Daemon {
             Request::Maintenance { host, on } => {
                 done(self.maintenance(host, on, asker, tell).await?)
             }
+            Request::Drain { timeout_s } => {
+                let patience = Duration::from_secs(timeout_s);
+                done(self.drain(patience, tell).await?)
+            }
             Request::Kill { name, host } => done(self.kill(&name, host, asker, tell).await?),
             Request::Events {
                 vm,

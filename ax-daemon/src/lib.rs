@@ -19,7 +19,7 @@
 //!   nothing, on this host and the other. [`again`]: a shadow for a guest that lost its own.
 //!   [`mode`]: another protection for one that runs. [`ha`]: restarted
 //!   here, and room for those of the other host. [`ops`]: the rest.
-//!   [`console`], [`events`], [`autostart`]. [`maintenance`]: the hosts, and one out of service. [`word`]: what this host says of a pair's record.
+//!   [`console`], [`events`], [`autostart`]. [`maintenance`]: the hosts, and one out of service; [`drain`]: one about to be shut down. [`word`]: what this host says of a pair's record.
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
 
@@ -30,6 +30,7 @@ pub mod console;
 pub mod control;
 pub mod daemon;
 pub mod define;
+pub mod drain;
 pub mod events;
 pub mod failure;
 pub mod ha;

@@ -181,6 +181,11 @@ pub enum Request {
         /// Whether.
         on: bool,
     },
+    /// This host is about to be shut down: move away or stop what runs here.
+    Drain {
+        /// How long that may take, seconds.
+        timeout_s: u64,
+    },
     /// Simulated fault: SIGKILL to one of its processes.
     Kill {
         /// Its name.

@@ -205,6 +205,9 @@ pub struct HostReport {
     pub version: String,
     /// It takes no VM.
     pub maintenance: bool,
+    /// It takes no VM because it is being shut down.
+    #[serde(default)]
+    pub shutting_down: bool,
     /// Memory in all, and available, bytes.
     pub memory: [u64; 2],
     /// VMs that run there.

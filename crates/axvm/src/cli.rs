@@ -138,6 +138,16 @@ pub enum HostCommand {
         /// The host; the one asked when absent.
         host: Option<String>,
     },
+    /// Empty this host because it is about to be shut down: what axd-drain.service does.
+    ///
+    /// Its VMs are moved to the other host; one that can't be moved is stopped in order and, with
+    /// autostart, comes up at the next boot, when this is over by itself.
+    Drain {
+        /// How long it may take, seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300,
+            value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        timeout: u64,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -120,6 +120,7 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
                 host,
                 on: state == OnOff::On,
             },
+            HostCommand::Drain { timeout } => Request::Drain { timeout_s: timeout },
         },
         Command::Kill { name, host } => Request::Kill { name, host },
         Command::Events {
