@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::process::What;
 pub use crate::report::{HostReport, PeerReport, ProcessReport, State, VmReport};
 use crate::units::{Bytes, Mac};
-use crate::vm::{Boot, DirtySource, Mode, Secondary, Vm};
+use crate::vm::{Boot, DirtySource, Mode, Preferred, Secondary, Vm};
 
 /// Longest line either side accepts, bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -84,6 +84,9 @@ pub struct NewVm {
     /// Ship a whole-RAM digest with every n-th epoch and check it on the shadow.
     #[serde(default)]
     pub verify_every: Option<u32>,
+    /// Where it is to run when both hosts are there; as it was when absent.
+    #[serde(default)]
+    pub preferred: Option<Preferred>,
 }
 
 /// A question or order to axd.
@@ -108,6 +111,13 @@ pub enum Request {
         name: String,
         /// Whether.
         on: bool,
+    },
+    /// Run it on this host when both are there, or on either.
+    Prefer {
+        /// Its name.
+        name: String,
+        /// Where; none for no preference.
+        preferred: Option<Preferred>,
     },
     /// Start a VM here.
     Start {
@@ -451,7 +461,7 @@ pub enum PeerRequest {
     /// primary; on failure nothing is left.
     SpawnShadow {
         /// The definition.
-        definition: Definition,
+        definition: Box<Definition>,
         /// Names this start, for [`PeerRequest::Undo`].
         operation: u64,
     },

@@ -20,6 +20,7 @@ fn vm(mode: Mode) -> Vm {
         autostart: false,
         dirty: DirtySource::Auto,
         verify_every: None,
+        preferred: None,
     }
 }
 
@@ -152,6 +153,7 @@ fn requests_and_replies_travel_as_one_line() {
                 autostart: false,
                 dirty: DirtySource::Ring,
                 verify_every: Some(8),
+                preferred: None,
             })),
             wait: true,
             alone_ok: false,

@@ -235,6 +235,9 @@ fn details(report: &VmReport) -> String {
             if vm.autostart { "on" } else { "off" }.to_owned(),
         ),
     ];
+    if let Some(preferred) = &vm.preferred {
+        lines.push(("preferred", preferred.to_string()));
+    }
     match &vm.boot {
         Boot::Probe { cmdline } => lines.push(("boot", format!("probe guest, {cmdline:?}"))),
         Boot::Kernel {

@@ -99,6 +99,7 @@ fn report(name: &str, state: State, healthy: bool) -> VmReport {
             autostart: false,
             dirty: DirtySource::Auto,
             verify_every: None,
+            preferred: None,
         },
         state,
         healthy,
