@@ -50,7 +50,7 @@ fn a_host_is_emptied_powered_off_and_given_its_vms_back() {
     for vm in ["vm", "other"] {
         eventually("it is told why there is no shadow", || {
             let shown = site.show(Side::B, vm).unwrap();
-            shown["state"] == "alone" && text(&shown["note"]).contains("in maintenance")
+            shown["state"] == "degraded" && text(&shown["note"]).contains("in maintenance")
         });
     }
     site.host(Side::A).kill_all().unwrap();
@@ -62,7 +62,7 @@ fn a_host_is_emptied_powered_off_and_given_its_vms_back() {
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(
         state(&site, Side::A, "vm"),
-        "alone",
+        "degraded",
         "a reboot ends nothing"
     );
     assert_eq!(hosts(&site, Side::B)["hosts"][0]["maintenance"], true);

@@ -82,7 +82,7 @@ fn of_two_primaries_the_newer_generation_counts() {
         ],
         None,
     );
-    assert_eq!(report.state, State::Alone);
+    assert_eq!(report.state, State::Degraded);
     assert_eq!(report.primary.as_deref(), Some("b"));
     assert!(!report.healthy);
 }

@@ -35,8 +35,8 @@ pub enum State {
     Syncing,
     /// Runs, protected as its mode says.
     Protected,
-    /// Runs alone: no protection, though its mode asks for it.
-    Alone,
+    /// Runs without the protection that its mode asks for.
+    Degraded,
     /// Runs, local only, as its mode says.
     Unprotected,
     /// May not run until a question is answered.
@@ -56,7 +56,7 @@ impl std::fmt::Display for State {
             State::Starting => "starting",
             State::Syncing => "syncing",
             State::Protected => "protected",
-            State::Alone => "alone",
+            State::Degraded => "degraded",
             State::Unprotected => "unprotected",
             State::Held => "held",
             State::Paused => "paused",
@@ -109,7 +109,7 @@ impl VmReport {
                 (State::Syncing, format!("{percent} %"))
             }
             Phase::Protected => (State::Protected, String::new()),
-            Phase::Alone => (State::Alone, "runs without a shadow".to_owned()),
+            Phase::Alone => (State::Degraded, "runs without a shadow".to_owned()),
             Phase::Unprotected => (State::Unprotected, String::new()),
             Phase::Held { waits_for } => (State::Held, format!("waits for {waits_for}")),
             Phase::Paused => (State::Paused, String::new()),
@@ -125,7 +125,7 @@ impl VmReport {
                     }
                 }
                 (Phase::Alone, Some(why)) => {
-                    (State::Alone, format!("runs without a shadow: {why}"))
+                    (State::Degraded, format!("runs without a shadow: {why}"))
                 }
                 (phase, _) => state_of(phase),
             },
@@ -157,7 +157,7 @@ impl VmReport {
             State::Unprotected
             | State::Starting
             | State::Syncing
-            | State::Alone
+            | State::Degraded
             | State::Held
             | State::Unknown => false,
         };

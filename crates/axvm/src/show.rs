@@ -309,7 +309,7 @@ fn phase_text(phase: &Phase) -> String {
         }
         Phase::Entering => "entering protection".to_owned(),
         Phase::Protected => "protected".to_owned(),
-        Phase::Alone => "alone".to_owned(),
+        Phase::Alone => "degraded (runs alone)".to_owned(),
         Phase::Unprotected => "unprotected".to_owned(),
         Phase::Held { waits_for } => format!("held: waits for {waits_for}"),
         Phase::Paused => "paused".to_owned(),
