@@ -71,7 +71,7 @@ fn a_host_that_comes_back_is_made_the_shadow_and_takes_over_when_the_other_dies(
     for victim in SIDES {
         site.host(victim).kill_all().unwrap();
         clients.go_on(100);
-        until_state(&site, victim.other(), "vm", "alone");
+        until_state(&site, victim.other(), "vm", "degraded");
         // It says why it is without a shadow.
         eventually("the reason is told", || {
             let shown = site.show(victim.other(), "vm").unwrap();
@@ -95,11 +95,11 @@ fn a_link_that_was_cut_is_used_again_once_it_is_mended() {
     site.lab.links[0].unplug().unwrap();
     clients.go_on(100);
     let home = site.primary(Side::A, "vm").unwrap().unwrap();
-    until_state(&site, home, "vm", "alone");
+    until_state(&site, home, "vm", "degraded");
     // Tried in vain meanwhile, and harmlessly.
     std::thread::sleep(Duration::from_secs(3));
     clients.go_on(100);
-    assert_eq!(state(&site, home, "vm"), "alone");
+    assert_eq!(state(&site, home, "vm"), "degraded");
     site.lab.links[0].mend().unwrap();
     until_protected_on(&site, home);
     site.host(home).kill_all().unwrap();
@@ -116,9 +116,9 @@ fn with_the_option_off_nothing_happens_by_itself() {
     spec.extra.push_str("reprotect = false\n");
     let site = protected(spec, &[]);
     site.run_axvm(Side::A, &["kill", "vm"]).unwrap();
-    until_state(&site, Side::B, "vm", "alone");
+    until_state(&site, Side::B, "vm", "degraded");
     std::thread::sleep(Duration::from_secs(4));
-    assert_eq!(state(&site, Side::B, "vm"), "alone");
+    assert_eq!(state(&site, Side::B, "vm"), "degraded");
 }
 
 /// Rule 16, I4: whoever is lost during a resync, the source is not; and without the source nothing is

@@ -37,7 +37,7 @@ fn reconfigure(site: &mut Site, as_standby: bool) {
 fn host_dies(site: &Site, clients: Clients) {
     site.host(Side::A).kill_all().unwrap();
     clients.go_on(100);
-    until_state(site, Side::B, "vm", "alone");
+    until_state(site, Side::B, "vm", "degraded");
     clients.are_content();
 }
 
@@ -92,7 +92,7 @@ fn a_witness_whose_store_is_wiped_grants_nothing_until_both_hosts_register() {
     let clients = Clients::start(&site);
     site.host(Side::B).kill_all().unwrap();
     clients.go_on(100);
-    until_state(&site, Side::A, "vm", "alone");
+    until_state(&site, Side::A, "vm", "degraded");
     site.witness().unwrap().kill().unwrap();
     std::fs::remove_dir_all(site.witness_store()).unwrap();
     site.start_witness().unwrap();

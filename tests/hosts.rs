@@ -50,7 +50,7 @@ fn a_host_is_emptied_powered_off_and_given_its_vms_back() {
     for vm in ["vm", "other"] {
         eventually("it is told why there is no shadow", || {
             let shown = site.show(Side::B, vm).unwrap();
-            shown["state"] == "alone" && text(&shown["note"]).contains("in maintenance")
+            shown["state"] == "degraded" && text(&shown["note"]).contains("in maintenance")
         });
     }
     site.host(Side::A).kill_all().unwrap();
@@ -62,7 +62,7 @@ fn a_host_is_emptied_powered_off_and_given_its_vms_back() {
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(
         state(&site, Side::A, "vm"),
-        "alone",
+        "degraded",
         "a reboot ends nothing"
     );
     assert_eq!(hosts(&site, Side::B)["hosts"][0]["maintenance"], true);
@@ -109,4 +109,39 @@ fn what_cannot_be_moved_is_named_and_the_host_is_not_called_safe() {
     site.run_axvm(Side::B, &["host", "maintenance", "off", "a"])
         .unwrap();
     until_state(&site, Side::A, "vm", "protected");
+}
+
+/// The host dies, comes back and protects the guest again: then the guest goes back by itself, and nobody notices.
+#[test]
+fn a_guest_returns_to_its_preferred_host_by_itself() {
+    require_kvm!();
+    require_lab!();
+    let _alone = alone();
+    let mut site = protected(patient(), &[]);
+    let (code, _, why) = axvm(&site, Side::A, &["prefer", "vm", "c"]);
+    assert_eq!(code, 2, "{why}");
+    let prefer = ["prefer", "vm", "a", "--return", "auto"];
+    site.run_axvm(Side::B, &prefer).unwrap();
+    let shown = site.run_axvm(Side::A, &["show", "vm"]).unwrap();
+    assert!(shown.contains("a, returns by itself"), "{shown}");
+    let clients = Clients::start(&site);
+    // What an operator moves stays there.
+    site.run_axvm(Side::A, &["failover", "vm"]).unwrap();
+    std::thread::sleep(Duration::from_secs(7));
+    assert_eq!(site.primary(Side::B, "vm").unwrap(), Some(Side::B));
+    site.host(Side::A).kill_all().unwrap();
+    clients.go_on(100);
+    site.host(Side::A).power_on().unwrap();
+    site.start_axd(Side::A).unwrap();
+    eventually("it is back where it is to run", || {
+        site.primary(Side::B, "vm").unwrap() == Some(Side::A)
+            && state(&site, Side::B, "vm") == "protected"
+    });
+    let told = site.run_axvm(Side::A, &["events", "vm"]).unwrap();
+    assert!(
+        told.contains("has returned to its preferred host a"),
+        "{told}"
+    );
+    clients.go_on(100);
+    clients.are_content();
 }

@@ -210,7 +210,7 @@ fn two_words_are_said_loudly_and_neither_guest_is_touched() {
     for side in [Side::A, Side::B] {
         eventually("it waits", || state(&site, side).contains(WORD));
         word(&site, side);
-        eventually("it runs", || state(&site, side).contains("alone"));
+        eventually("it runs", || state(&site, side).contains("degraded"));
     }
     together(&site, Side::B);
     for side in [Side::A, Side::B] {
@@ -241,7 +241,7 @@ fn a_guest_moves_there_and_back_stops_and_starts_where_the_hosts_agree() {
     site.host(Side::A).kill_all().unwrap();
     eventually("it waits", || state(&site, Side::B).contains(WORD));
     word(&site, Side::B);
-    eventually("it runs", || state(&site, Side::B).contains("alone"));
+    eventually("it runs", || state(&site, Side::B).contains("degraded"));
     site.run_axvm(Side::B, &["stop", "vm"]).unwrap();
     assert_eq!(processes(&site, Side::B), 0);
     power_cycle(&mut site, Side::A);
@@ -300,7 +300,7 @@ fn after_both_hosts_died_the_guest_starts_where_its_record_says_or_by_the_operat
     power_cycle(&mut site, Side::B);
     output(&site, Side::B, &["start", "vm", "--alone-ok"]);
     word(&site, Side::B);
-    eventually("it runs", || state(&site, Side::B).contains("alone"));
+    eventually("it runs", || state(&site, Side::B).contains("degraded"));
     Clients::start(&site).are_content();
     // The other host learns of it when it is back.
     power_cycle(&mut site, Side::A);

@@ -61,7 +61,7 @@ fn a_guest_leaves_a_disk_that_fails_and_is_protected_again_once_it_works() {
     // The shadow's disk is full: it is no shadow any more, and the guest does not wait for it.
     fails(&site, Side::A, Point::ImageFull);
     clients.go_on(200);
-    until_state(&site, Side::B, "vm", "alone");
+    until_state(&site, Side::B, "vm", "degraded");
     eventually("b says why it has no shadow", || {
         note(&site, Side::B).contains("No space left")
     });

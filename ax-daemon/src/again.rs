@@ -197,7 +197,7 @@ impl Daemon {
         }
         let operation = u64::from_le_bytes(define::random()?);
         let spawn = PeerRequest::SpawnShadow {
-            definition,
+            definition: Box::new(definition),
             operation,
         };
         let shadow = match peer.call(spawn).await.map_err(|f| f.at(there))? {

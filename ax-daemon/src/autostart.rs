@@ -2,8 +2,8 @@
 //! this host booted.
 //!
 //! When both hosts come up together both look at the same VMs. Who may start one is the arbiter's to
-//! say, and `ax-vmm` asks it; so that they do not both try at once, side A goes first and the other
-//! waits a while longer. An attempt that is refused (say, because the other host holds the current
+//! say, and `ax-vmm` asks it; so that they do not both try at once, the VM's preferred host, or side A, goes
+//! first and the other waits a while longer. An attempt that is refused (say, because the other host holds the current
 //! copy) is repeated until the VM runs somewhere.
 
 use std::sync::Arc;
@@ -26,13 +26,14 @@ impl Daemon {
     /// Starts one VM as autostart does, however long it takes.
     async fn autostart_one(self: Arc<Self>, name: String) {
         let mut pause = FIRST;
-        let courtesy = match self.config.side() {
-            Side::A => Duration::ZERO,
-            Side::B => AFTER_YOU,
-        };
         let mut told = String::new();
         loop {
             let Ok(vm) = self.store.vm(&name) else { return };
+            let courtesy = match &vm.preferred {
+                Some(preferred) if preferred.host == self.config.name => Duration::ZERO,
+                None if self.config.side() == Side::A => Duration::ZERO,
+                _ => AFTER_YOU,
+            };
             let wait = match vm.mode {
                 Mode::None => Duration::ZERO,
                 Mode::Ft | Mode::Ha => pause + courtesy,

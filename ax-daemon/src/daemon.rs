@@ -94,6 +94,8 @@ pub struct Daemon {
     pub(crate) peer_back: Notify,
     /// Why VMs that run alone here have no shadow.
     pub(crate) unprotected: Mutex<HashMap<String, String>>,
+    /// VMs that run here, and how far each is on the way back to its preferred host.
+    pub(crate) homeward: Mutex<HashMap<String, crate::home::Homeward>>,
     /// Images made for a start that is not settled yet, by (VM, operation).
     pub(crate) made: Mutex<HashMap<(String, u64), Vec<PathBuf>>>,
 }
@@ -121,6 +123,7 @@ impl Daemon {
             crashes: Mutex::default(),
             peer_back: Notify::new(),
             unprotected: Mutex::default(),
+            homeward: Mutex::default(),
             made: Mutex::default(),
         })
     }
@@ -243,6 +246,8 @@ impl Daemon {
     pub fn spec(&self, vm: &Vm, start: Start) -> Spec {
         let places = Places::of(&self.config, &vm.name);
         let mut vm = vm.clone();
+        // Where it runs is axd's business, and its process may be of an earlier version.
+        vm.preferred = None;
         for disk in &mut vm.disks {
             disk.path = self.config.image_path(&disk.path);
         }
@@ -460,6 +465,7 @@ impl Daemon {
             }
             Request::Undefine { name } => done(self.undefine(&name).await?),
             Request::Autostart { name, on } => done(self.autostart(&name, on).await?),
+            Request::Prefer { name, preferred } => done(self.prefer(&name, preferred).await?),
             Request::Start {
                 name,
                 define,
@@ -480,6 +486,10 @@ impl Daemon {
             }),
             Request::Maintenance { host, on } => {
                 done(self.maintenance(host, on, asker, tell).await?)
+            }
+            Request::Drain { timeout_s } => {
+                let patience = Duration::from_secs(timeout_s);
+                done(self.drain(patience, tell).await?)
             }
             Request::Kill { name, host } => done(self.kill(&name, host, asker, tell).await?),
             Request::Events {

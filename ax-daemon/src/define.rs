@@ -88,9 +88,33 @@ pub fn resolve(new: &NewVm, known: Option<&Vm>, config: &Config) -> Result<Vm, F
         autostart: new.autostart,
         dirty: new.dirty,
         verify_every: new.verify_every,
+        preferred: match &new.preferred {
+            Some(preferred) => Some(preferred.clone()),
+            None => known.and_then(|vm| vm.preferred.clone()),
+        },
     };
+    if let Some(preferred) = &new.preferred {
+        check_host(&preferred.host, config)?;
+    }
     check(&vm)?;
     Ok(vm)
+}
+
+/// Whether a host is one of this pair.
+///
+/// # Errors
+/// It is not.
+pub fn check_host(host: &str, config: &Config) -> Result<(), Failure> {
+    let peer = config.peer.as_ref().map(|peer| peer.name.as_str());
+    if host == config.name || Some(host) == peer {
+        return Ok(());
+    }
+    let hosts = match peer {
+        Some(peer) => format!("{} and {peer}", config.name),
+        None => config.name.clone(),
+    };
+    let why = format!("no host of this pair is called {host:?}: there is {hosts}");
+    Err(Failure::new(Code::Usage, why))
 }
 
 fn size_of(path: &Path) -> Result<u64, Failure> {
@@ -196,6 +220,11 @@ pub fn check(vm: &Vm) -> Result<(), Failure> {
             ));
         }
     }
+    if let Some(preferred) = &vm.preferred
+        && let Err(why) = check_name(&preferred.host)
+    {
+        return bad(format!("preferred host {:?}: {why}", preferred.host));
+    }
     if vm.verify_every == Some(0) {
         return bad("verify_every must be at least 1".to_owned());
     }
@@ -240,6 +269,7 @@ mod tests {
             autostart: false,
             dirty: DirtySource::Auto,
             verify_every: None,
+            preferred: None,
         }
     }
 
@@ -300,6 +330,15 @@ mod tests {
             (|vm| vm.nics = vec![vm.nics[0].clone(); 17], "at most"),
             (|vm| vm.nics.push(vm.nics[0].clone()), "twice"),
             (|vm| vm.verify_every = Some(0), "verify_every"),
+            (
+                |vm| {
+                    vm.preferred = Some(ax_api::vm::Preferred {
+                        host: "elsewhere".into(),
+                        back: ax_api::vm::Return::Auto,
+                    });
+                },
+                "elsewhere",
+            ),
             (
                 |vm| {
                     vm.boot = Boot::Kernel {

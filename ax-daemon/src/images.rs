@@ -121,6 +121,7 @@ mod tests {
             autostart: false,
             dirty: DirtySource::Auto,
             verify_every: None,
+            preferred: None,
         }
     }
 

@@ -32,7 +32,8 @@ impl Journal {
     }
 }
 
-fn boot_id() -> String {
+/// Names this boot of the host; empty where the kernel does not say.
+pub(crate) fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 

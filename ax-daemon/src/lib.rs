@@ -16,10 +16,11 @@
 //! - [`process`], [`control`]: one `ax-vmm`, and how to talk to it. [`supervise`]: its events, its end,
 //!   and finding it again. [`journal`], [`images`]: what a start leaves on disk.
 //! - [`daemon`]: what an axd holds, and the way of a request. [`start`] and [`shadow`]: all or
-//!   nothing, on this host and the other. [`again`]: a shadow for a guest that lost its own.
+//!   nothing, on this host and the other. [`again`]: a shadow for a guest that lost its own;
+//!   [`home`]: back to the host it prefers.
 //!   [`mode`]: another protection for one that runs. [`ha`]: restarted
 //!   here, and room for those of the other host. [`ops`]: the rest.
-//!   [`console`], [`events`], [`autostart`]. [`maintenance`]: the hosts, and one out of service. [`word`]: what this host says of a pair's record.
+//!   [`console`], [`events`], [`autostart`]. [`maintenance`]: the hosts, and one out of service; [`drain`]: one about to be shut down. [`word`]: what this host says of a pair's record.
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
 
@@ -30,9 +31,11 @@ pub mod console;
 pub mod control;
 pub mod daemon;
 pub mod define;
+pub mod drain;
 pub mod events;
 pub mod failure;
 pub mod ha;
+pub mod home;
 pub mod images;
 pub mod journal;
 pub mod maintenance;

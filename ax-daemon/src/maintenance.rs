@@ -4,7 +4,8 @@
 //! here, one after the other: `ft` by planned failover, `ha` by a stop here and a start there. Then the
 //! shadows here end, as in any loss of a shadow; their guests run alone until the maintenance is over. It is
 //! a file in the data folder, so it outlives axd and the host's reboot, with the names of what was
-//! moved: those return once they are protected again.
+//! moved: those return once they are protected again. One that a shutdown of the host began
+//! ([`crate::drain`]) is over by itself at the next boot.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,9 +33,12 @@ const LETTING_GO: Duration = Duration::from_secs(10);
 
 /// What is remembered of a maintenance.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Maintenance {
+pub(crate) struct Maintenance {
     /// VMs moved away by planned failover.
-    moved: Vec<String>,
+    pub(crate) moved: Vec<String>,
+    /// The boot of this host whose shutdown began it, and with which it is over; none for an operator's.
+    #[serde(default)]
+    pub(crate) shutdown: Option<String>,
 }
 
 impl Daemon {
@@ -42,22 +46,34 @@ impl Daemon {
         self.config.data_dir.join("maintenance.json")
     }
 
-    fn read_maintenance(&self) -> Option<Maintenance> {
+    pub(crate) fn read_maintenance(&self) -> Option<Maintenance> {
         let bytes = std::fs::read(self.maintenance_file()).ok()?;
         // One that cannot be read is one all the same.
         Some(serde_json::from_slice(&bytes).unwrap_or_default())
     }
 
-    fn write_maintenance(&self, what: &Maintenance) -> Result<(), Failure> {
+    pub(crate) fn write_maintenance(&self, what: &Maintenance) -> Result<(), Failure> {
         let file = self.maintenance_file();
         let json = serde_json::to_vec(what).map_err(std::io::Error::other);
         json.and_then(|json| write_atomic(&file, &json))
             .map_err(|e| Failure::io(format!("writing {}", file.display()), &e))
     }
 
+    pub(crate) fn forget_maintenance(&self) -> Result<(), Failure> {
+        let file = self.maintenance_file();
+        std::fs::remove_file(&file)
+            .map_err(|e| Failure::io(format!("removing {}", file.display()), &e))
+    }
+
     /// Whether this host is in maintenance.
     pub fn in_maintenance(&self) -> bool {
         self.maintenance_file().exists()
+    }
+
+    /// Whether it is because the host is being shut down.
+    pub fn is_shutting_down(&self) -> bool {
+        self.read_maintenance()
+            .is_some_and(|maintenance| maintenance.shutdown.is_some())
     }
 
     /// Refuses what a host in maintenance does not do.
@@ -69,8 +85,12 @@ impl Daemon {
             return Ok(());
         }
         let here = &self.config.name;
+        let what = match self.is_shutting_down() {
+            true => "is being shut down",
+            false => "is in maintenance",
+        };
         let why = format!(
-            "host {here} is in maintenance and takes no VM; `axvm host maintenance off {here}` ends that"
+            "host {here} {what} and takes no VM; `axvm host maintenance off {here}` ends that"
         );
         Err(Failure::new(Code::State, why))
     }
@@ -82,6 +102,7 @@ impl Daemon {
             reachable: true,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             maintenance: self.in_maintenance(),
+            shutting_down: self.is_shutting_down(),
             memory: crate::daemon::memory(),
             paths: self
                 .peer
@@ -151,7 +172,8 @@ impl Daemon {
     async fn begin_maintenance(self: &Arc<Self>, tell: &Tell) -> Result<String, Failure> {
         let here = self.config.name.clone();
         let mut maintenance = self.read_maintenance().unwrap_or_default();
-        // First of all: nothing comes while what is here goes.
+        // First of all: nothing comes while what is here goes. From here on it is the operator's.
+        maintenance.shutdown = None;
         self.write_maintenance(&maintenance)?;
         self.events.note(None, "operator: maintenance begins");
         let mut stay = vec![];
@@ -182,26 +204,58 @@ impl Daemon {
             );
             return Err(Failure::new(Code::State, why));
         }
-        for process in self.processes() {
-            tell.progress(format!("ending the shadow of {} here", process.name));
-            process.kill_and_wait().await;
-            self.let_go(&process);
-        }
-        self.until_let_go().await?;
+        self.end_shadows(tell).await?;
         self.events.note(None, "safe to power off");
         Ok(format!(
             "host {here} is in maintenance and safe to power off"
         ))
     }
 
-    async fn move_away(
+    /// Ends every shadow here and waits until their guests run alone on the other host.
+    ///
+    /// # Errors
+    /// A guest runs here, come back while others were moved away, or one there is held.
+    pub(crate) async fn end_shadows(&self, tell: &Tell) -> Result<(), Failure> {
+        for process in self.processes() {
+            if let Some((_, Some(Role::Primary))) = self.local_role(&process.name).await {
+                let why = format!(
+                    "host {} is not safe to power off: {} has come back to it; give this order again",
+                    self.config.name, process.name
+                );
+                return Err(Failure::new(Code::State, why));
+            }
+            tell.progress(format!("ending the shadow of {} here", process.name));
+            process.kill_and_wait().await;
+            self.let_go(&process);
+        }
+        self.until_let_go().await
+    }
+
+    /// Whether the other host takes VMs, which one in maintenance does not; none when it does not answer.
+    pub(crate) async fn peer_takes_vms(&self) -> Option<bool> {
+        match self.peer.as_ref()?.forward(Request::Hosts, None).await {
+            Ok(Reply::Hosts { hosts, .. }) => Some(hosts.iter().all(|host| !host.maintenance)),
+            _ => None,
+        }
+    }
+
+    /// Moves a VM that runs here to the other host.
+    ///
+    /// # Errors
+    /// It can't be moved, or the other host does not take it; it runs here yet.
+    pub(crate) async fn move_away(
         self: &Arc<Self>,
         process: &Arc<Process>,
         status: &process::Status,
         tell: &Tell,
     ) -> Result<(), Failure> {
         let name = process.name.as_str();
+        let takes = self.peer_takes_vms().await;
         match status.mode {
+            Mode::Ft | Mode::Ha if takes == Some(false) => Err(Failure::new(
+                Code::Peer,
+                "the other host is in maintenance, too",
+            )),
             Mode::None => Err(Failure::new(
                 Code::State,
                 "mode none: it can't be moved; stop it, or `axvm set-mode` it to ft first",
@@ -232,7 +286,7 @@ impl Daemon {
 
     /// Waits until the guests whose shadows were ended here run alone there: until then their outputs wait
     /// for the arbiter.
-    async fn until_let_go(&self) -> Result<(), Failure> {
+    pub(crate) async fn until_let_go(&self) -> Result<(), Failure> {
         let Some(peer) = &self.peer else {
             return Ok(());
         };
@@ -267,9 +321,7 @@ impl Daemon {
         let Some(maintenance) = self.read_maintenance() else {
             return Ok(format!("host {here} is in service"));
         };
-        let file = self.maintenance_file();
-        std::fs::remove_file(&file)
-            .map_err(|e| Failure::io(format!("removing {}", file.display()), &e))?;
+        self.forget_maintenance()?;
         self.events.note(None, "operator: maintenance is over");
         let text = match maintenance.moved.is_empty() {
             true => format!("host {here} is in service"),

@@ -135,6 +135,8 @@ pub fn run(config: Config) -> Result<(), Failure> {
         if daemon.config.reprotect {
             tokio::spawn(daemon.clone().keep_protected());
         }
+        tokio::spawn(daemon.clone().keep_home());
+        daemon.end_shutdown();
         daemon.begin_autostart();
         daemon
             .events

@@ -234,7 +234,7 @@ impl Daemon {
         ));
         made.asked_peer = true;
         let spawn_shadow = PeerRequest::SpawnShadow {
-            definition,
+            definition: Box::new(definition),
             operation: made.operation,
         };
         // Together: before either is granted anything the arbiter may want to hear from both.

@@ -223,6 +223,10 @@ mod tests {
             autostart: true,
             dirty: DirtySource::Bitmap,
             verify_every: Some(3),
+            preferred: Some(ax_api::vm::Preferred {
+                host: "a".into(),
+                back: ax_api::vm::Return::Auto,
+            }),
         }
     }
 

@@ -93,6 +93,14 @@ impl Daemon {
         {
             process.ran_guest();
         }
+        if let What::Phase {
+            role: Role::Primary,
+            phase: Phase::Syncing { .. },
+            ..
+        } = &event.what
+        {
+            self.synced_anew(&process.name);
+        }
         match &event.what {
             What::PeerLost { .. } => *lost = true,
             What::Phase {

@@ -131,7 +131,7 @@ impl Daemon {
             PeerRequest::SpawnShadow {
                 definition,
                 operation,
-            } => match self.spawn_shadow(definition, operation).await {
+            } => match self.spawn_shadow(*definition, operation).await {
                 Ok(reply) => reply,
                 Err(failure) => failure.into_reply(),
             },

@@ -95,10 +95,10 @@ fn a_killed_primary_is_taken_over_and_the_vm_runs_alone() {
     let pair = Pair::running();
     pair.a.done(&start(vm("web", Mode::Ft, "")));
     pair.b.done(&kill("web", None));
-    let report = pair.b.until("web", State::Alone);
+    let report = pair.b.until("web", State::Degraded);
     assert_eq!(report.primary.as_deref(), Some("b"));
     assert!(!report.healthy, "alone is not healthy");
-    pair.a.until("web", State::Alone);
+    pair.a.until("web", State::Degraded);
     // Rule 24: b had a's axd confirm that the old process is gone, and told the new primary.
     let deadline = Instant::now() + LONG;
     while !pair.b.events().iter().any(|e| {
@@ -118,7 +118,7 @@ fn a_killed_shadow_leaves_the_primary_alone() {
     pair.a.done(&start(vm("web", Mode::Ft, "")));
     assert_eq!(pair.a.fails(&kill("web", Some("c"))).0, Code::Usage);
     pair.a.done(&kill("web", Some("b")));
-    let report = pair.a.until("web", State::Alone);
+    let report = pair.a.until("web", State::Degraded);
     assert_eq!(report.primary.as_deref(), Some("a"));
     assert!(pair.b.vmm_pids().is_empty());
     // With both gone it is missed, on either host, until it is stopped on purpose or started anew.
@@ -167,7 +167,7 @@ fn axds_die_and_come_back_without_disturbing_a_guest() {
     assert_eq!(report.processes.len(), 2);
     // It is watched again: its end is noticed, its events go on without a repetition.
     pair.a.done(&kill("web", None));
-    pair.b.until("web", State::Alone);
+    pair.b.until("web", State::Degraded);
     for host in [&pair.a, &pair.b] {
         let mut seen: Vec<_> = host
             .events()
@@ -194,10 +194,10 @@ fn both_axds_dead_the_guest_fails_over_all_the_same() {
     let primary = nix::unistd::Pid::from_raw(pair.a.vmm_pids()[0]);
     nix::sys::signal::kill(primary, nix::sys::signal::Signal::SIGKILL).unwrap();
     pair.b.start();
-    let report = pair.b.until("web", State::Alone);
+    let report = pair.b.until("web", State::Degraded);
     assert_eq!(report.primary.as_deref(), Some("b"));
     pair.a.start();
-    pair.a.until("web", State::Alone);
+    pair.a.until("web", State::Degraded);
 }
 
 /// Whatever fails in a start, the error names side and cause, and nothing is left on either host.
@@ -306,7 +306,7 @@ fn without_its_peer_an_ft_vm_starts_only_when_told_to_run_alone() {
         alone_ok: true,
     };
     pair.a.done(&request);
-    assert_eq!(pair.a.show("web").state, State::Alone);
+    assert_eq!(pair.a.show("web").state, State::Degraded);
     // The definition reaches the other host when it comes.
     pair.b.start();
     let deadline = Instant::now() + LONG;

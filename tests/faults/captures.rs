@@ -107,7 +107,7 @@ fn a_flipped_bit_in_the_copy_is_found_and_that_copy_never_runs() {
     assert!(log.contains("MEMORY DIVERGED"), "{log}");
     clients.go_on(ANSWERS);
     scene.one_is_left(Some(Side::A));
-    assert_eq!(scene.report(Side::A, "state"), "alone");
+    assert_eq!(scene.report(Side::A, "state"), "degraded");
     clients.are_content();
 }
 

@@ -333,6 +333,7 @@ pub fn vm(name: &str, mode: Mode, quirks: &str) -> NewVm {
         autostart: false,
         dirty: DirtySource::Auto,
         verify_every: None,
+        preferred: None,
     }
 }
 

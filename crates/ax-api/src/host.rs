@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::process::What;
 pub use crate::report::{HostReport, PeerReport, ProcessReport, State, VmReport};
 use crate::units::{Bytes, Mac};
-use crate::vm::{Boot, DirtySource, Mode, OnError, Secondary, Vm};
+use crate::vm::{Boot, DirtySource, Mode, OnError, Preferred, Secondary, Vm};
 
 /// Longest line either side accepts, bytes.
 pub const MAX_LINE: usize = 1 << 20;
@@ -87,6 +87,9 @@ pub struct NewVm {
     /// Ship a whole-RAM digest with every n-th epoch and check it on the shadow.
     #[serde(default)]
     pub verify_every: Option<u32>,
+    /// Where it is to run when both hosts are there; as it was when absent.
+    #[serde(default)]
+    pub preferred: Option<Preferred>,
 }
 
 /// A question or order to axd.
@@ -111,6 +114,13 @@ pub enum Request {
         name: String,
         /// Whether.
         on: bool,
+    },
+    /// Run it on this host when both are there, or on either.
+    Prefer {
+        /// Its name.
+        name: String,
+        /// Where; none for no preference.
+        preferred: Option<Preferred>,
     },
     /// Start a VM here.
     Start {
@@ -183,6 +193,11 @@ pub enum Request {
         host: Option<String>,
         /// Whether.
         on: bool,
+    },
+    /// This host is about to be shut down: move away or stop what runs here.
+    Drain {
+        /// How long that may take, seconds.
+        timeout_s: u64,
     },
     /// Simulated fault: SIGKILL to one of its processes.
     Kill {
@@ -449,7 +464,7 @@ pub enum PeerRequest {
     /// primary; on failure nothing is left.
     SpawnShadow {
         /// The definition.
-        definition: Definition,
+        definition: Box<Definition>,
         /// Names this start, for [`PeerRequest::Undo`].
         operation: u64,
     },

@@ -20,6 +20,7 @@ fn vm(mode: Mode) -> Vm {
         autostart: false,
         dirty: DirtySource::Auto,
         verify_every: None,
+        preferred: None,
     }
 }
 
@@ -65,7 +66,7 @@ fn a_guest_whose_disk_fails_says_so_and_is_held_only_if_it_waits() {
     for (phase, holds, state) in [
         (Phase::Unprotected, true, State::Held),
         (Phase::Alone, true, State::Held),
-        (Phase::Alone, false, State::Alone),
+        (Phase::Alone, false, State::Degraded),
         (Phase::Protected, true, State::Protected),
     ] {
         let mut process = process("a", Role::Primary, phase, 2);
@@ -105,7 +106,7 @@ fn of_two_primaries_the_newer_generation_counts() {
         ],
         None,
     );
-    assert_eq!(report.state, State::Alone);
+    assert_eq!(report.state, State::Degraded);
     assert_eq!(report.primary.as_deref(), Some("b"));
     assert!(!report.healthy);
 }
@@ -177,6 +178,7 @@ fn requests_and_replies_travel_as_one_line() {
                 autostart: false,
                 dirty: DirtySource::Ring,
                 verify_every: Some(8),
+                preferred: None,
             })),
             wait: true,
             alone_ok: false,

@@ -37,8 +37,8 @@ pub enum State {
     Syncing,
     /// Runs, protected as its mode says.
     Protected,
-    /// Runs alone: no protection, though its mode asks for it.
-    Alone,
+    /// Runs without the protection that its mode asks for.
+    Degraded,
     /// Runs, local only, as its mode says.
     Unprotected,
     /// May not run until a question is answered.
@@ -58,7 +58,7 @@ impl std::fmt::Display for State {
             State::Starting => "starting",
             State::Syncing => "syncing",
             State::Protected => "protected",
-            State::Alone => "alone",
+            State::Degraded => "degraded",
             State::Unprotected => "unprotected",
             State::Held => "held",
             State::Paused => "paused",
@@ -111,7 +111,7 @@ impl VmReport {
                 (State::Syncing, format!("{percent} %"))
             }
             Phase::Protected => (State::Protected, String::new()),
-            Phase::Alone => (State::Alone, "runs without a shadow".to_owned()),
+            Phase::Alone => (State::Degraded, "runs without a shadow".to_owned()),
             Phase::Unprotected => (State::Unprotected, String::new()),
             Phase::Held { waits_for } => (State::Held, format!("waits for {waits_for}")),
             Phase::Paused => (State::Paused, String::new()),
@@ -135,7 +135,7 @@ impl VmReport {
                     (state, format!("a disk of its host fails: {why}"))
                 }
                 (Phase::Alone, Some(why)) => {
-                    (State::Alone, format!("runs without a shadow: {why}"))
+                    (State::Degraded, format!("runs without a shadow: {why}"))
                 }
                 (phase, _) => state_of(phase),
             },
@@ -167,7 +167,7 @@ impl VmReport {
             State::Unprotected
             | State::Starting
             | State::Syncing
-            | State::Alone
+            | State::Degraded
             | State::Held
             | State::Unknown => false,
         };
@@ -226,6 +226,9 @@ pub struct HostReport {
     pub version: String,
     /// It takes no VM.
     pub maintenance: bool,
+    /// It takes no VM because it is being shut down.
+    #[serde(default)]
+    pub shutting_down: bool,
     /// Memory in all, and available, bytes.
     pub memory: [u64; 2],
     /// VMs that run there.

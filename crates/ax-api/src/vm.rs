@@ -121,6 +121,38 @@ pub enum DirtySource {
     Bitmap,
 }
 
+/// Whether a VM that is protected by its preferred host again goes back to it by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Return {
+    /// When an operator says so: nobody has looked yet at why that host failed.
+    #[default]
+    Manual,
+    /// By itself, by planned failover.
+    Auto,
+}
+
+/// Where a VM is to run when both hosts are there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preferred {
+    /// The host's name.
+    pub host: String,
+    /// Whether it goes back there by itself.
+    #[serde(default, rename = "return")]
+    pub back: Return,
+}
+
+impl std::fmt::Display for Preferred {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let back = match self.back {
+            Return::Manual => "returns by `axvm failover`",
+            Return::Auto => "returns by itself",
+        };
+        write!(f, "{}, {back}", self.host)
+    }
+}
+
 /// One VM, as defined.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -153,6 +185,9 @@ pub struct Vm {
     /// Ship a whole-RAM digest with every n-th epoch and check it on the shadow.
     #[serde(default)]
     pub verify_every: Option<u32>,
+    /// Where it is to run. Not written when there is none: an axd from before this field refuses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preferred: Option<Preferred>,
 }
 
 /// The pair as 32 hexadecimal digits.

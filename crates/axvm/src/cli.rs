@@ -67,6 +67,14 @@ pub enum ModeArg {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReturnArg {
+    /// An operator, by `axvm failover`.
+    Manual,
+    /// axd, by planned failover, once the host protects the VM again.
+    Auto,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DirtyArg {
     /// What costs less here.
     Auto,
@@ -141,6 +149,16 @@ pub enum HostCommand {
         /// The host; the one asked when absent.
         host: Option<String>,
     },
+    /// Empty this host because it is about to be shut down: what axd-drain.service does.
+    ///
+    /// Its VMs are moved to the other host; one that can't be moved is stopped in order and, with
+    /// autostart, comes up at the next boot, when this is over by itself.
+    Drain {
+        /// How long it may take, seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300,
+            value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        timeout: u64,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -177,6 +195,23 @@ pub enum Command {
         /// Its name.
         name: String,
         state: OnOff,
+    },
+    /// Say on which host a VM is to run when both are there.
+    ///
+    /// It does not move now. After a failover, once that host protects it again, `axvm failover` takes it back;
+    /// with `--return auto` it goes back by itself.
+    Prefer {
+        /// Its name.
+        name: String,
+        /// The host.
+        #[arg(required_unless_present = "none")]
+        host: Option<String>,
+        /// Who takes it back there.
+        #[arg(long = "return", value_enum, value_name = "HOW", default_value_t = ReturnArg::Manual)]
+        back: ReturnArg,
+        /// It has no preferred host.
+        #[arg(long, conflicts_with_all = ["host", "back"])]
+        none: bool,
     },
     /// Stop a VM in order: both sides know it ended and how.
     Stop {

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use ax_api::host::{Code, NewDisk, NewNic, NewVm};
 use ax_api::units::Bytes;
-use ax_api::vm::{Boot, DirtySource, Mode, OnError, Secondary};
+use ax_api::vm::{Boot, DirtySource, Mode, OnError, Preferred, Return, Secondary};
 
-use crate::cli::{DirtyArg, ModeArg, VmArgs};
+use crate::cli::{DirtyArg, ModeArg, ReturnArg, VmArgs};
 use crate::client::Failure;
 
 const DEFAULT_MEMORY: Bytes = Bytes(256 << 20);
@@ -122,6 +122,7 @@ fn from_options(name: &str, args: &VmArgs) -> Result<NewVm, Failure> {
             Some(DirtyArg::Bitmap) => DirtySource::Bitmap,
         },
         verify_every: args.verify_every,
+        preferred: None,
     })
 }
 
@@ -199,6 +200,15 @@ pub fn mode(named: ModeArg) -> Mode {
         ModeArg::Ha => Mode::Ha,
         ModeArg::None => Mode::None,
     }
+}
+
+/// Where a VM is to run, as the options say; none: no preference.
+pub fn preferred(host: Option<String>, back: ReturnArg) -> Option<Preferred> {
+    let back = match back {
+        ReturnArg::Manual => Return::Manual,
+        ReturnArg::Auto => Return::Auto,
+    };
+    host.map(|host| Preferred { host, back })
 }
 
 #[cfg(test)]

@@ -5,10 +5,11 @@ use ax_api::report::HostPath;
 use ax_api::units::Bytes;
 
 fn state(host: &HostReport) -> &'static str {
-    match (host.reachable, host.maintenance) {
-        (false, _) => "away",
-        (true, true) => "maintenance",
-        (true, false) => "in service",
+    match (host.reachable, host.shutting_down, host.maintenance) {
+        (false, _, _) => "away",
+        (true, true, _) => "shutting down",
+        (true, false, true) => "maintenance",
+        (true, false, false) => "in service",
     }
 }
 

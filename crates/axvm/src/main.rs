@@ -82,6 +82,12 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
             name,
             on: state == OnOff::On,
         },
+        Command::Prefer {
+            name, host, back, ..
+        } => Request::Prefer {
+            name,
+            preferred: describe::preferred(host, back),
+        },
         Command::Stop { name, force } => Request::Stop { name, force },
         Command::Reboot { name } => Request::Reboot { name },
         Command::Pause { name } => Request::Pause { name },
@@ -120,6 +126,7 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
                 host,
                 on: state == OnOff::On,
             },
+            HostCommand::Drain { timeout } => Request::Drain { timeout_s: timeout },
         },
         Command::Kill { name, host } => Request::Kill { name, host },
         Command::Events {

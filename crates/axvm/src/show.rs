@@ -235,6 +235,9 @@ fn details(report: &VmReport) -> String {
             if vm.autostart { "on" } else { "off" }.to_owned(),
         ),
     ];
+    if let Some(preferred) = &vm.preferred {
+        lines.push(("preferred", preferred.to_string()));
+    }
     match &vm.boot {
         Boot::Probe { cmdline } => lines.push(("boot", format!("probe guest, {cmdline:?}"))),
         Boot::Kernel {
@@ -308,7 +311,7 @@ fn phase_text(phase: &Phase) -> String {
         }
         Phase::Entering => "entering protection".to_owned(),
         Phase::Protected => "protected".to_owned(),
-        Phase::Alone => "alone".to_owned(),
+        Phase::Alone => "degraded (runs alone)".to_owned(),
         Phase::Unprotected => "unprotected".to_owned(),
         Phase::Held { waits_for } => format!("held: waits for {waits_for}"),
         Phase::Paused => "paused".to_owned(),

@@ -99,6 +99,7 @@ fn report(name: &str, state: State, healthy: bool) -> VmReport {
             autostart: false,
             dirty: DirtySource::Auto,
             verify_every: None,
+            preferred: None,
         },
         state,
         healthy,
@@ -238,7 +239,7 @@ fn list_prints_a_table_or_json_and_checks() {
     let bad = || {
         list(vec![
             report("web", State::Protected, true),
-            report("db", State::Alone, false),
+            report("db", State::Degraded, false),
         ])
     };
     let axd = Scripted::new(vec![good(), good(), bad(), bad(), bad()]);
@@ -257,7 +258,7 @@ fn list_prints_a_table_or_json_and_checks() {
     assert_eq!(code, 4);
     let json: serde_json::Value = serde_json::from_str(&out).unwrap();
     assert_eq!(json["vms"][1]["vm"]["name"], "db");
-    assert_eq!(json["vms"][1]["state"], "alone");
+    assert_eq!(json["vms"][1]["state"], "degraded");
     assert_eq!(json["peer"]["reachable"], false);
 }
 

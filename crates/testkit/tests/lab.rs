@@ -266,6 +266,15 @@ fn kill_all_takes_every_process_of_one_host_and_no_other() {
         "{before:?}"
     );
 
+    let boot_id = |host: &Host| {
+        let mut cat = host.command("cat");
+        cat.arg("/proc/sys/kernel/random/boot_id")
+            .output()
+            .unwrap()
+            .stdout
+    };
+    let booted = boot_id(&lab.a);
+    assert_ne!(booted, boot_id(&lab.b));
     let report = lab.a.kill_all().unwrap();
     println!("5 daemons gone {:?} after SIGKILL", report.gone_after);
     assert!(lab.a.processes().is_empty());
@@ -282,6 +291,7 @@ fn kill_all_takes_every_process_of_one_host_and_no_other() {
 
     lab.a.power_on().unwrap();
     assert!(lab.a.command("true").status().unwrap().success());
+    assert_ne!(boot_id(&lab.a), booted, "another boot");
     // The cables are still plugged in.
     let (a, client) = (socket(&lab.a, addr::A), socket(&lab.client, addr::CLIENT));
     assert!(arrives(&client, &a, 1, PATIENCE));

@@ -383,7 +383,7 @@ fn start_anew(site: &Site) -> Result<(), Error> {
         for side in [Side::A, Side::B] {
             let shown = site.show(side, VM).unwrap_or_default();
             let state = shown["state"].as_str().unwrap_or("");
-            if ["protected", "alone", "syncing"].contains(&state) {
+            if ["protected", "degraded", "syncing"].contains(&state) {
                 return Ok(());
             }
             if state == "stopped" && Instant::now() > patience {

@@ -10,8 +10,9 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 use crate::{Error, Result};
@@ -33,22 +34,26 @@ pub(super) struct Init {
 struct Plan {
     hostname: CString,
     offsets: CString,
+    boot_id: CString,
     lifeline: RawFd,
     report: RawFd,
 }
 
 impl Init {
     /// Starts the init of host `name` in the calling thread's network namespace, with
-    /// CLOCK_MONOTONIC and CLOCK_BOOTTIME `ahead` of the machine's.
+    /// CLOCK_MONOTONIC and CLOCK_BOOTTIME `ahead` of the machine's, and a boot id of its own.
     pub(super) fn start(name: &str, ahead: Duration) -> Result<Init> {
         let nul = |e: std::ffi::NulError| Error::os(format!("host name {name:?}"))(e.into());
         let (lifeline_read, lifeline) = pipe()?;
         let (report_read, report) = pipe()?;
+        let boot_id = boot_id()?;
+        let path = boot_id.path().as_os_str().as_bytes();
         let offset = format!("{} {}", ahead.as_secs(), ahead.subsec_nanos());
         let plan = Plan {
             hostname: CString::new(name).map_err(nul)?,
             offsets: CString::new(format!("monotonic {offset}\nboottime {offset}\n"))
                 .map_err(nul)?,
+            boot_id: CString::new(path).map_err(nul)?,
             lifeline: lifeline_read.as_raw_fd(),
             report: report.as_raw_fd(),
         };
@@ -104,6 +109,7 @@ impl Init {
                 let what = match *step {
                     1 => "make its mounts private",
                     2 => "mount its own /proc",
+                    3 => "have a boot id of its own",
                     _ => "start",
                 };
                 Err(Error::NoNamespaces {
@@ -182,6 +188,16 @@ fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| Error::os("make a pipe")(e.into()))
 }
 
+/// What `/proc/sys/kernel/random/boot_id` is to say on a host: every start of it is another boot. The
+/// mount keeps the file when its name is gone.
+fn boot_id() -> Result<tempfile::NamedTempFile> {
+    let failed = || Error::os("make a boot id");
+    let id = std::fs::read("/proc/sys/kernel/random/uuid").map_err(failed())?;
+    let mut file = tempfile::NamedTempFile::new().map_err(failed())?;
+    file.write_all(&id).map_err(failed())?;
+    Ok(file)
+}
+
 /// The init's whole life, in the forked child.
 fn serve(plan: &Plan) -> ! {
     // SAFETY: system calls only, on descriptors and strings that the fork copied; the process
@@ -224,6 +240,11 @@ fn serve(plan: &Plan) -> ! {
         let proc = c"proc".as_ptr();
         if libc::mount(proc, c"/proc".as_ptr(), proc, 0, null.cast()) != 0 {
             fail(2);
+        }
+        let target = c"/proc/sys/kernel/random/boot_id".as_ptr();
+        let bind = libc::MS_BIND;
+        if libc::mount(plan.boot_id.as_ptr(), target, null, bind, null.cast()) != 0 {
+            fail(3);
         }
         // A kernel without time namespaces gives a host whose clocks agree with the others'.
         let clocks = u8::from(libc::unshare(libc::CLONE_NEWTIME) == 0 && set_clocks(plan));

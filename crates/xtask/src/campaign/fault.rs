@@ -217,7 +217,7 @@ impl Fault {
                 site.host(home).kill_all()?;
                 std::thread::sleep(ms(300 + chance.below(1000)));
                 site.start_witness()?;
-                until(site, heir, &["alone"])?;
+                until(site, heir, &["degraded"])?;
                 site.host(home).power_on()?;
                 Ok(site.start_axd(home)?)
             }
