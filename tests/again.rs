@@ -167,7 +167,7 @@ fn a_loss_during_a_resync_never_loses_the_source() {
     );
     site.host(Side::B).power_on().unwrap();
     site.start_axd(Side::B).unwrap();
-    until_state(&site, Side::B, "vm", "stopped");
+    until_state(&site, Side::B, "vm", "failed");
     site.run_axvm(Side::B, &["start", "vm"]).unwrap();
     assert_eq!(read(&site, &kept), "kept");
 }

@@ -119,7 +119,8 @@ fn outcome(site: &Site, round: &str) -> Outcome {
         );
         let shown = SIDES.map(|side| site.show(side, "vm").unwrap_or_default());
         let states = [text(&shown[0]["state"]), text(&shown[1]["state"])];
-        if states == ["stopped", "stopped"] {
+        let ended = |state: &String| ["stopped", "failed"].contains(&state.as_str());
+        if states.iter().all(ended) {
             return Outcome::Stopped;
         }
         if states == ["protected", "protected"]

@@ -106,10 +106,10 @@ fn a_process_that_dies_is_started_where_it_was_until_that_is_too_often() {
         until_answering(&site);
     }
     site.run_axvm(Side::B, &["kill", "vm"]).unwrap();
-    until_state(&site, Side::B, "vm", "stopped");
+    until_state(&site, Side::B, "vm", "failed");
     std::thread::sleep(Duration::from_secs(2));
     let shown = site.show(Side::B, "vm").unwrap();
-    assert_eq!(text(&shown["state"]), "stopped");
+    assert_eq!(text(&shown["state"]), "failed");
     assert!(text(&shown["note"]).contains("3 times"), "{shown}");
     assert_eq!(shown["healthy"], false);
     // An operator's start is a new beginning.

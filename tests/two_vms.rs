@@ -95,7 +95,7 @@ fn what_befalls_one_vm_befalls_no_other() {
     // The VM that nothing protects is gone when it is killed, and says so.
     local.are_content();
     site.run_axvm(Side::A, &["kill", "local"]).unwrap();
-    until_state(&site, Side::A, "local", "stopped");
+    until_state(&site, Side::A, "local", "failed");
     let listed = site
         .axvm(Side::A)
         .args(["list", "--check"])

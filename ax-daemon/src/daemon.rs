@@ -401,11 +401,11 @@ impl Daemon {
             report.arbiter = self.arbiter_of(&report);
         }
         if report.state == State::Stopped && self.is_missed(&report.vm.name) {
-            report.healthy = false;
+            (report.state, report.healthy) = (State::Failed, false);
             report.note = "ended without being stopped; `axvm events` tells how".to_owned();
         }
         if report.primary.is_none() && self.crashes_too_often(&report.vm.name) {
-            report.healthy = false;
+            (report.state, report.healthy) = (State::Failed, false);
             report.note = format!(
                 "ended {MOST_CRASHES} times by itself within {} minutes and is not started again: \
                  see its log, then `axvm start {}`",

@@ -56,7 +56,7 @@ enum Step {
 fn step(mode: Mode, phase: &Phase, takes: Option<bool>, hope: bool) -> Step {
     let hope = hope && takes == Some(true);
     match (mode, phase) {
-        (_, Phase::Ending) => Step::Leave,
+        (_, Phase::Ending | Phase::FailingOver) => Step::Leave,
         (Mode::Ft, Phase::Protected) if takes != Some(false) => Step::Move,
         (Mode::Ha, Phase::Protected) if takes == Some(true) => Step::Move,
         (Mode::Ft, Phase::Paused) if takes != Some(false) => Step::Unpause,

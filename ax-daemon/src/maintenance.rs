@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ax_api::host::{Code, HostReport, Reply, Request};
+use ax_api::host::{Code, HostReport, Reply, Request, State};
 use ax_api::process::{self, Phase, Role};
 use ax_api::vm::Mode;
 use serde::{Deserialize, Serialize};
@@ -296,7 +296,10 @@ impl Daemon {
                 .iter()
                 .filter(|p| {
                     let phase = p.status.as_ref().map(|s| &s.phase);
-                    matches!(phase, None | Some(Phase::Held { .. } | Phase::Protected))
+                    matches!(
+                        phase,
+                        None | Some(Phase::Held { .. } | Phase::FailingOver | Phase::Protected)
+                    )
                 })
                 .map(|p| p.name.clone())
                 .collect();
@@ -349,11 +352,11 @@ impl Daemon {
                 return;
             };
             if shown.primary.as_ref() == Some(&self.config.name)
-                || shown.state == ax_api::host::State::Stopped
+                || matches!(shown.state, State::Stopped | State::Failed)
             {
                 return;
             }
-            if shown.state == ax_api::host::State::Protected {
+            if shown.state == State::Protected {
                 let failover = Request::Failover { name: name.clone() };
                 let text = match peer.forward(failover, None).await {
                     Ok(_) => "returned after maintenance".to_owned(),

@@ -332,7 +332,7 @@ impl Daemon {
     /// Waits until the guest runs, protected or not.
     pub(crate) async fn until_running(&self, primary: &Process) -> Result<(), Failure> {
         self.until(primary, |status| match status.phase {
-            Phase::Starting | Phase::Waiting | Phase::Held { .. } => Ok(false),
+            Phase::Starting | Phase::Waiting | Phase::FailingOver | Phase::Held { .. } => Ok(false),
             _ => Ok(true),
         })
         .await

@@ -188,6 +188,8 @@ pub enum Phase {
         /// Whom or what it waits for, in words.
         waits_for: String,
     },
+    /// On its way from one side to the other: the old primary until the other runs, the new one until it does.
+    FailingOver,
     /// Paused by the operator.
     Paused,
     /// About to exit.

@@ -31,6 +31,8 @@ pub struct ProcessReport {
 pub enum State {
     /// Runs nowhere.
     Stopped,
+    /// Runs nowhere, and nobody has stopped it.
+    Failed,
     /// On its way.
     Starting,
     /// Runs; the initial copy is on its way.
@@ -41,6 +43,8 @@ pub enum State {
     Degraded,
     /// Runs, local only, as its mode says.
     Unprotected,
+    /// On its way from one host to the other.
+    FailingOver,
     /// May not run until a question is answered.
     Held,
     /// Paused by the operator.
@@ -55,11 +59,13 @@ impl std::fmt::Display for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(match self {
             State::Stopped => "stopped",
+            State::Failed => "failed",
             State::Starting => "starting",
             State::Syncing => "syncing",
             State::Protected => "protected",
             State::Degraded => "degraded",
             State::Unprotected => "unprotected",
+            State::FailingOver => "failing over",
             State::Held => "held",
             State::Paused => "paused",
             State::Ending => "ending",
@@ -114,6 +120,7 @@ impl VmReport {
             Phase::Alone => (State::Degraded, "runs without a shadow".to_owned()),
             Phase::Unprotected => (State::Unprotected, String::new()),
             Phase::Held { waits_for } => (State::Held, format!("waits for {waits_for}")),
+            Phase::FailingOver => (State::FailingOver, String::new()),
             Phase::Paused => (State::Paused, String::new()),
             Phase::Ending => (State::Ending, String::new()),
         };
@@ -146,7 +153,7 @@ impl VmReport {
                     .unwrap_or_default(),
             ),
             (None, Some((_, status))) => match &status.phase {
-                Phase::Held { .. } => state_of(&status.phase),
+                Phase::Held { .. } | Phase::FailingOver => state_of(&status.phase),
                 _ => match unreachable {
                     Some(host) => (State::Unknown, format!("host {host} does not answer")),
                     None => (State::Starting, "a shadow without a primary".to_owned()),
@@ -168,6 +175,8 @@ impl VmReport {
             | State::Starting
             | State::Syncing
             | State::Degraded
+            | State::FailingOver
+            | State::Failed
             | State::Held
             | State::Unknown => false,
         };

@@ -314,6 +314,7 @@ fn phase_text(phase: &Phase) -> String {
         Phase::Alone => "degraded (runs alone)".to_owned(),
         Phase::Unprotected => "unprotected".to_owned(),
         Phase::Held { waits_for } => format!("held: waits for {waits_for}"),
+        Phase::FailingOver => "failing over".to_owned(),
         Phase::Paused => "paused".to_owned(),
         Phase::Ending => "ending".to_owned(),
     }

@@ -111,9 +111,9 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
     };
     let faults: Vec<Fault> = Fault::ALL
         .into_iter()
-        .filter(|f| match &options.only {
-            Some(only) => f.name().contains(only),
-            None => f.is_drawn(),
+        .filter(|f| {
+            let only = options.only.as_ref();
+            only.is_none_or(|only| f.name().contains(only))
         })
         .filter(|f| disks || !f.needs_disks())
         .collect();
@@ -386,7 +386,7 @@ fn start_anew(site: &Site) -> Result<(), Error> {
             if ["protected", "degraded", "syncing"].contains(&state) {
                 return Ok(());
             }
-            if state == "stopped" && Instant::now() > patience {
+            if ["stopped", "failed"].contains(&state) && Instant::now() > patience {
                 match site.run_axvm(side, &["start", VM, "--alone-ok"]) {
                     Ok(_) => return Ok(()),
                     Err(e) => said = e.to_string(),

@@ -92,20 +92,6 @@ faults! {
 }
 
 impl Fault {
-    /// True when it is drawn unless it was asked for by name. Not drawn is what the product does not stand
-    /// yet: rule 19, by which a guest goes on from the other host's copy when its own disk fails; and a pair
-    /// at rest does not register with a witness that was wiped, so the next question is never answered.
-    pub fn is_drawn(self) -> bool {
-        let by_name_only = [
-            Fault::PrimaryFails,
-            Fault::ShadowFails,
-            Fault::PrimaryFull,
-            Fault::ShadowFull,
-            Fault::WitnessWiped,
-        ];
-        !by_name_only.contains(&self)
-    }
-
     /// True when it is one of disks that fail by order.
     pub fn needs_disks(self) -> bool {
         ["disk", "power-cut-of-witness"]

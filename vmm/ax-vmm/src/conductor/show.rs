@@ -3,7 +3,7 @@
 use ax_api::process::{Phase as Shown, Role, Start, What};
 use ax_api::vm::Mode;
 use ax_wire::Generation;
-use statepoint::pair::Phase;
+use statepoint::pair::{Goal, Phase};
 
 use super::{Conductor, Life};
 
@@ -55,16 +55,18 @@ impl Conductor {
                 Phase::AskingAlone { record } => {
                     (Role::Primary, held("the arbiter"), record.generation)
                 }
-                Phase::Parking { record, .. }
-                | Phase::AskingHandover { record, .. }
+                Phase::Parking {
+                    record,
+                    goal: Goal::Stop,
+                }
                 | Phase::AskingStop { record, .. } => {
                     (Role::Primary, Shown::Ending, record.generation)
                 }
-                Phase::HandedOver { record } => (
-                    Role::Primary,
-                    held("the other side, to run"),
-                    record.generation,
-                ),
+                Phase::Parking { record, .. }
+                | Phase::AskingHandover { record, .. }
+                | Phase::HandedOver { record } => {
+                    (Role::Primary, Shown::FailingOver, record.generation)
+                }
                 Phase::Copying if self.shadowing.is_none() => {
                     (Role::Shadow, Shown::Waiting, Generation(0))
                 }
@@ -74,9 +76,11 @@ impl Conductor {
                 }
                 Phase::InSync { known } => (Role::Shadow, Shown::Protected, *known),
                 Phase::Waiting { known } | Phase::AskingTakeover { known } => {
-                    (Role::Shadow, held("the arbiter"), *known)
+                    (Role::Shadow, Shown::FailingOver, *known)
                 }
-                Phase::Promoting { record } => (Role::Shadow, Shown::Starting, record.generation),
+                Phase::Promoting { record } => {
+                    (Role::Shadow, Shown::FailingOver, record.generation)
+                }
                 Phase::Ended => (self.board.status().role, Shown::Ending, Generation(0)),
             },
         };
