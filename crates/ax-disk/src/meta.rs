@@ -247,7 +247,7 @@ impl Meta {
             path: path.to_path_buf(),
             source,
         });
-        let new = looked? == 0;
+        let new = Self::is_unwritten(file.as_ref(), looked?);
         let header = if new {
             Header {
                 magic: MAGIC,
@@ -318,6 +318,14 @@ impl Meta {
         self.write_pages(&all)?;
         self.write_header()?;
         Ok((self, Marks::new(all)))
+    }
+
+    /// True of a file to which no header was ever written: power was lost while it was made. One slot at least
+    /// holds a header from then on.
+    fn is_unwritten(file: &dyn Medium, size: u64) -> bool {
+        let mut headers = vec![0; (size as usize).min(2 * PAGE)];
+        let read = file.read_at(&mut headers, 0);
+        read.is_ok() && headers.iter().all(|byte| *byte == 0)
     }
 
     fn read_header(file: &dyn Medium, path: &Path) -> Result<Header, MetaError> {

@@ -52,6 +52,24 @@ fn reopen(path: &Path) -> Result<Facts, MetaError> {
     Facts::of(path, IMAGE)
 }
 
+/// The map is durable before the first header: power may be lost between the two.
+#[test]
+fn a_file_that_never_had_a_header_is_begun_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk0.meta");
+    let mut facts = reopen(&path).unwrap();
+    facts.write(0, 1);
+    facts.meta.file.write_at(&[0; 2 * PAGE], 0).unwrap();
+    drop(facts);
+    let facts = reopen(&path).unwrap();
+    assert_eq!((facts.dirty(), facts.meta.basis()), (0, Basis::NONE));
+    drop(facts);
+    // One that has one is not: it is damaged when that can't be read.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_at(&[1; 2 * PAGE], 0).unwrap();
+    assert!(matches!(reopen(&path), Err(MetaError::Damaged { .. })));
+}
+
 #[test]
 fn facts_survive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
