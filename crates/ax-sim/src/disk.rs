@@ -21,6 +21,8 @@ struct Inner {
     /// What an operation takes on top, and until when every one of them hangs.
     slow: Duration,
     hung_until: u64,
+    /// Every operation fails.
+    fails: bool,
     changed: u64,
 }
 
@@ -72,7 +74,7 @@ impl SimFile {
                 }
             }
         }
-        (inner.slow, inner.hung_until) = (Duration::ZERO, 0);
+        (inner.slow, inner.hung_until, inner.fails) = (Duration::ZERO, 0, false);
     }
 
     /// From here on every operation takes so much longer.
@@ -83,6 +85,18 @@ impl SimFile {
     /// Operations hang until then.
     pub fn hang(&self, until: u64) {
         self.inner.lock().hung_until = until;
+    }
+
+    /// From here on every operation fails, or none.
+    pub fn fail(&self, fails: bool) {
+        self.inner.lock().fails = fails;
+    }
+
+    fn works(&self) -> io::Result<()> {
+        match self.inner.lock().fails {
+            true => Err(io::Error::other("an injected failure")),
+            false => Ok(()),
+        }
     }
 
     /// What a read sees of it.
@@ -105,6 +119,7 @@ impl SimFile {
 impl Medium for Handle {
     fn read_at(&self, out: &mut [u8], at: u64) -> io::Result<()> {
         self.0.take_time(5_000);
+        self.0.works()?;
         let inner = self.0.inner.lock();
         let at = at as usize;
         match inner.content.get(at..at + out.len()) {
@@ -116,6 +131,7 @@ impl Medium for Handle {
 
     fn write_at(&self, data: &[u8], at: u64) -> io::Result<()> {
         self.0.take_time(10_000);
+        self.0.works()?;
         let now = sim::current().map_or(0, |here| here.now());
         let mut inner = self.0.inner.lock();
         let (at, end) = (at as usize, at as usize + data.len());
@@ -148,6 +164,7 @@ impl Medium for Handle {
             sectors.map(|at| (*at, content(*at))).collect()
         };
         self.0.take_time(400_000);
+        self.0.works()?;
         if self.0.lies {
             return Ok(());
         }

@@ -101,6 +101,8 @@ pub struct Ports {
     pub sync: bool,
     /// Told what a guest that booted has found on its disk.
     pub booted: Booted,
+    /// Told of a request that its disk could not do, and whether it was a FLUSH.
+    pub trouble: Box<dyn Fn(bool) + Send + Sync>,
     /// Told of what must never be; does not return.
     pub failed: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -308,10 +310,13 @@ impl Program {
         }
     }
 
-    fn io(ports: &Ports, done: std::io::Result<()>) {
-        if let Err(error) = done {
-            (ports.failed)(&format!("the guest's disk failed: {error}"));
+    /// True when the request was done. One that was not stays in flight, and is tried again.
+    fn io(ports: &Ports, flush: bool, done: std::io::Result<()>) -> bool {
+        if done.is_err() {
+            (ports.trouble)(flush);
+            ax_sync::thread::sleep(Duration::from_millis(5));
         }
+        done.is_ok()
     }
 
     fn boot(&self, ports: &Ports) -> Option<()> {
@@ -319,7 +324,9 @@ impl Program {
         let mut last = 0;
         for slot in 0..SLOTS {
             let mut data = [0; 512];
-            Self::io(ports, ports.image.read(slot * STRIDE, &mut data));
+            if !Self::io(ports, false, ports.image.read(slot * STRIDE, &mut data)) {
+                return self.running().map(drop);
+            }
             if let Some((number, nonce)) = parse(&data) {
                 found.insert(number, nonce);
                 last = last.max(number);
@@ -367,7 +374,9 @@ impl Program {
     /// The disk must have what memory knows was written there.
     fn look_back(&self, ports: &Ports, number: u64) -> Option<()> {
         let mut data = [0; 512];
-        Self::io(ports, ports.image.read(place(number), &mut data));
+        if !Self::io(ports, false, ports.image.read(place(number), &mut data)) {
+            return Some(());
+        }
         let state = self.running()?;
         let at = State::nonce_at(number);
         let (known, nonce) = (state.word(at), state.word(at + 8));
@@ -392,7 +401,10 @@ impl Program {
         if !ports.log.admit(data.len()) {
             (ports.failed)("a write was not admitted");
         }
-        Self::io(ports, ports.image.write_in_hand(at, &data));
+        if !Self::io(ports, false, ports.image.write_in_hand(at, &data)) {
+            ports.log.abandoned(data.len());
+            return self.running().map(drop);
+        }
         let Some(mut state) = self.running() else {
             ports.log.abandoned(data.len());
             return None;
@@ -404,7 +416,9 @@ impl Program {
     }
 
     fn flush(&self, ports: &Ports) -> Option<()> {
-        Self::io(ports, ports.image.flush());
+        if !Self::io(ports, true, ports.image.flush()) {
+            return self.running().map(drop);
+        }
         if ports.sync {
             ports.log.flush_on_shadow(0);
         }

@@ -106,6 +106,8 @@ pub enum Input {
     Died(Incarnation),
     /// It says something.
     Said(Running2, Word),
+    /// The guest's disk could not do a request; true of a FLUSH.
+    DiskFails(bool),
     /// An operator's.
     Order(Order),
 }
@@ -608,6 +610,7 @@ impl Process {
                 }
             }
             Input::Said(who, word) => self.said(who.0, word),
+            Input::DiskFails(flush) => self.disk_fails(flush),
             Input::Order(Order::Failover) => {
                 let settled = self.turning.is_none() && self.protection.is_some();
                 let settled = settled && !self.parts.universe.setting.ha;
@@ -628,6 +631,20 @@ impl Process {
         match self.parts.universe.setting.ha {
             true => LEASE + LEASE / 50 + MARGIN,
             false => PERMISSION + MARGIN,
+        }
+    }
+
+    /// Rule 19: the guest goes on from the other copy. Without one a request is tried again, but for a FLUSH: what
+    /// it was to make durable may be gone, so the guest is told, and crashes.
+    fn disk_fails(&mut self, flush: bool) {
+        let settled = self.turning.is_none() && self.protection.is_some();
+        match self.phase() {
+            Some(Phase::Ft { .. }) if settled => self.step(Event::Resign),
+            Some(Phase::Alone { .. }) if flush => {
+                self.say("its guest was told of a FLUSH that failed, and crashed");
+                self.ended = true;
+            }
+            _ => {}
         }
     }
 
@@ -877,6 +894,10 @@ impl Process {
                     failed(&why);
                 }
             }),
+            trouble: {
+                let inbox = parts.mine.inbox.clone();
+                Box::new(move |flush| inbox.tell(Input::DiskFails(flush)))
+            },
             failed: Arc::clone(&parts.failed),
         };
         if let Err(error) = parts.machine.start(ports) {

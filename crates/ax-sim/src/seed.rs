@@ -43,6 +43,8 @@ pub enum Fault {
     SlowDisk,
     /// A host's disk hangs for a while.
     HungDisk,
+    /// A host's disk fails.
+    FailingDisk,
     /// A planned failover.
     Failover,
     /// Every connection is reset.
@@ -51,7 +53,7 @@ pub enum Fault {
     SlowNetwork,
 }
 
-const FAULTS: [Fault; 16] = [
+const FAULTS: [Fault; 17] = [
     Fault::KillPrimary,
     Fault::KillShadow,
     Fault::PowerPrimary,
@@ -65,6 +67,7 @@ const FAULTS: [Fault; 16] = [
     Fault::StandsStill,
     Fault::SlowDisk,
     Fault::HungDisk,
+    Fault::FailingDisk,
     Fault::Failover,
     Fault::Reset,
     Fault::SlowNetwork,
@@ -86,6 +89,7 @@ impl Fault {
             Fault::StandsStill => "host stands still",
             Fault::SlowDisk => "slow disk",
             Fault::HungDisk => "hung disk",
+            Fault::FailingDisk => "failing disk",
             Fault::Failover => "planned failover",
             Fault::Reset => "connections reset",
             Fault::SlowNetwork => "slow network",
@@ -297,8 +301,10 @@ impl Director {
                 let host = all.hosts[side].lock();
                 host.image.slow(Duration::ZERO);
                 host.facts.slow(Duration::ZERO);
-                host.image.hang(0);
-                host.facts.hang(0);
+                for file in [&host.image, &host.facts] {
+                    file.hang(0);
+                    file.fail(false);
+                }
                 if host.on {
                     continue;
                 }
@@ -389,6 +395,12 @@ impl Director {
                 let host = all.hosts[any].lock();
                 host.image.hang(until);
                 host.facts.hang(until);
+            }
+            Fault::FailingDisk => {
+                let host = all.hosts[any].lock();
+                host.image.fail(true);
+                // The file of facts may lie on another one.
+                host.facts.fail(below(2) == 0);
             }
             Fault::Failover => {
                 if let Some(process) = all.process(holder) {
