@@ -101,7 +101,7 @@ fn a_flipped_bit_in_the_copy_is_found_and_that_copy_never_runs() {
     eventually("the difference is found", || {
         let lost = scene.site.told(Side::A, &scene.vm, "peer-lost").unwrap();
         lost.iter()
-            .any(|l| l["how"].as_str().unwrap_or("").contains("Diverged"))
+            .any(|l| l["how"].as_str().unwrap_or("").contains("memory differs"))
     });
     let log = scene.site.vm_log(Side::B, &scene.vm);
     assert!(log.contains("MEMORY DIVERGED"), "{log}");
