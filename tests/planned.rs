@@ -337,7 +337,7 @@ fn a_disk_that_is_not_durable_is_not_started_from_though_both_die_while_the_reco
     site.order(Side::B, &[dies(Point::Asking)]).unwrap();
     assert!(site.run_axvm(Side::A, &["failover", "vm"]).is_err());
     for side in SIDES {
-        until_state(&site, side, "vm", "stopped");
+        until_state(&site, side, "vm", "failed");
     }
     for side in SIDES {
         site.order(side, &[]).unwrap();

@@ -124,7 +124,7 @@ fn a_killed_shadow_leaves_the_primary_alone() {
     // With both gone it is missed, on either host, until it is stopped on purpose or started anew.
     pair.a.done(&kill("web", None));
     for host in [&pair.a, &pair.b] {
-        let report = host.until("web", State::Stopped);
+        let report = host.until("web", State::Failed);
         assert!(
             !report.healthy && report.note.contains("without being stopped"),
             "{report:?}"
@@ -383,8 +383,8 @@ fn autostart_starts_what_runs_nowhere_but_not_what_was_stopped() {
         let pid = nix::unistd::Pid::from_raw(pid);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     }
-    pair.a.until("auto", State::Stopped);
-    pair.a.until("plain", State::Stopped);
+    pair.a.until("auto", State::Failed);
+    pair.a.until("plain", State::Failed);
     assert!(
         !pair.a.show("auto").healthy,
         "an autostart VM that is down is not healthy"
@@ -392,7 +392,7 @@ fn autostart_starts_what_runs_nowhere_but_not_what_was_stopped() {
     pair.a.kill();
     pair.a.start();
     pair.a.until("auto", State::Unprotected);
-    assert_eq!(pair.a.show("plain").state, State::Stopped);
+    assert_eq!(pair.a.show("plain").state, State::Failed);
     // Stopped on purpose, it stays so.
     pair.a.done(&stop("auto", false));
     pair.a.kill();
