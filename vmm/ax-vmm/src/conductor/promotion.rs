@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::process::What;
+use ax_link::heartbeat::boottime_ns;
 use ax_wire::record::{Record, State};
-use io_barrier::{Grant, SoloGrant};
+use io_barrier::{Gate, Grant, SoloGrant};
 use statepoint::pair::Event;
 
 use super::{Conductor, Input};
@@ -143,9 +144,17 @@ impl Conductor {
     /// Announcements may be lost: they are repeated for a few seconds.
     fn keep_announcing(&self) {
         let taps = Arc::clone(&self.parts.taps);
+        let barrier = Arc::clone(&self.parts.barrier);
+        let detect = Duration::from_millis(self.spec.timing.detect_ms);
         let again = move || {
             for pause in [1, 2, 4, 8, 15, 30, 60, 120, 250, 500, 1000, 2000] {
-                std::thread::sleep(Duration::from_millis(pause));
+                let (pause, before) = (Duration::from_millis(pause), boottime_ns());
+                std::thread::sleep(pause);
+                let slept = Duration::from_nanos(boottime_ns().saturating_sub(before));
+                // A process that stood still meanwhile may have been taken over from (I3).
+                if slept > pause + detect / 2 || barrier.gate() == Gate::Frozen {
+                    return;
+                }
                 taps.announce();
             }
         };
