@@ -162,9 +162,10 @@ pub struct Barrier {
     clock: Arc<dyn Clock>,
     config: BarrierConfig,
     released: AtomicU64,
-    /// How long an acknowledgement lets outputs leave, and until when they may now, with [`Gate::Leased`].
+    /// How long an acknowledgement lets outputs leave with [`Gate::Leased`].
     lease_ns: AtomicU64,
-    lease_until: AtomicU64,
+    /// Until when outputs may leave by the last permission given ([`Gate::Protected`], [`Gate::Leased`]).
+    permitted_until: AtomicU64,
     refused: AtomicBool,
     on_pending: OnceLock<Hook>,
     on_room: OnceLock<Hook>,
@@ -234,7 +235,7 @@ impl Barrier {
             config,
             released: AtomicU64::new(0),
             lease_ns: AtomicU64::new(0),
-            lease_until: AtomicU64::new(0),
+            permitted_until: AtomicU64::new(0),
             refused: AtomicBool::new(false),
             on_pending: OnceLock::new(),
             on_room: OnceLock::new(),
@@ -279,7 +280,9 @@ impl Barrier {
             return self.hold_open(queue, record);
         }
         drop(queue);
-        if gate == Gate::Leased && self.clock.now_ns() > self.lease_until.load(Ordering::Acquire) {
+        if gate == Gate::Leased
+            && self.clock.now_ns() > self.permitted_until.load(Ordering::Acquire)
+        {
             drop(sink);
             if is_power(record.kind) {
                 return self.hold_open(self.queue.lock(), record);
@@ -399,7 +402,7 @@ impl Barrier {
             Gate::Leased => {
                 let lease = self.lease_ns.load(Ordering::Acquire);
                 let until = stamp_ns.saturating_add(lease);
-                self.lease_until.fetch_max(until, Ordering::AcqRel);
+                self.permitted_until.fetch_max(until, Ordering::AcqRel);
                 self.released.fetch_max(up_to.0, Ordering::AcqRel);
                 if self.clock.now_ns() <= until {
                     self.drain_open(&mut sink);
@@ -410,10 +413,35 @@ impl Barrier {
             }
             Gate::Frozen | Gate::Entering => return Release::Withheld,
         }
+        self.permit(stamp_ns);
         let permission = self.config.permission_ns;
         self.drain_sealed(&mut sink, up_to, |now| {
             now.saturating_sub(stamp_ns) <= permission
         })
+    }
+
+    /// Outputs of committed epochs may leave while now ≤ `stamp_ns` + W: the shadow, since that moment, has
+    /// promised not to ask for the VM before then (rule 24).
+    pub fn permit(&self, stamp_ns: u64) {
+        let until = stamp_ns.saturating_add(self.config.permission_ns);
+        self.permitted_until.fetch_max(until, Ordering::AcqRel);
+    }
+
+    /// Does `act`, which shows something that is no output of the guest, if a committed output might leave
+    /// now; returns whether it did. The gate does not change meanwhile.
+    pub fn if_permitted(&self, act: impl FnOnce()) -> bool {
+        let _sink = self.sink.lock();
+        let permitted = match self.gate() {
+            Gate::Passing => true,
+            Gate::Protected | Gate::Leased => {
+                self.clock.now_ns() <= self.permitted_until.load(Ordering::Acquire)
+            }
+            Gate::Frozen | Gate::Entering => false,
+        };
+        if permitted {
+            act();
+        }
+        permitted
     }
 
     fn drain_sealed(
@@ -501,6 +529,7 @@ impl Barrier {
         let _sink = self.sink.lock();
         let mut queue = self.queue.lock();
         if queue.gate == Gate::Passing {
+            self.permitted_until.store(0, Ordering::Release);
             queue.gate = Gate::Entering;
         }
         queue.gate
@@ -516,7 +545,7 @@ impl Barrier {
         if queue.gate == Gate::Passing {
             self.lease_ns.store(lease_ns, Ordering::Release);
             let until = self.clock.now_ns().saturating_add(lease_ns);
-            self.lease_until.store(until, Ordering::Release);
+            self.permitted_until.store(until, Ordering::Release);
             queue.gate = Gate::Leased;
         }
         queue.gate
@@ -574,8 +603,10 @@ impl Barrier {
     }
 
     /// Promotion: the outputs of committed epochs that are not known released leave again, in order
-    /// (rule 6). Then the gate opens: alone as in [`Barrier::pass`], or, after a planned failover, as in
-    /// [`Barrier::protect`] with epochs going on after `committed`.
+    /// (rule 6), before any other. Alone they leave at once, and the gate opens as in [`Barrier::pass`]. After
+    /// a planned failover it opens as in [`Barrier::protect`], with epochs going on after `committed`, and they
+    /// wait for the first permission as all others do: the old primary may have taken the guest back
+    /// meanwhile, without this process having heard of it (rules 24, 25).
     pub fn promote(&self, grant: impl Into<Grant>, outputs: &ShadowOutputs, committed: EpochId) {
         let grant = grant.into();
         let mut sink = self.sink.lock();
@@ -586,21 +617,54 @@ impl Barrier {
         );
         // A reader of the console may not have got them from a host that died (rule 8).
         outputs.released_console(|at, bytes| sink.console(at, bytes));
-        for (_, record) in outputs.unreleased() {
-            leave(sink.as_mut(), record);
-        }
-        self.released.fetch_max(committed.0, Ordering::AcqRel);
-        let mut queue = self.queue.lock();
-        queue.last_sealed = queue.last_sealed.max(committed);
         match grant {
             Grant::Solo(_) => {
+                for (_, record) in outputs.unreleased() {
+                    leave(sink.as_mut(), record);
+                }
+                self.released.fetch_max(committed.0, Ordering::AcqRel);
+                let mut queue = self.queue.lock();
+                queue.last_sealed = queue.last_sealed.max(committed);
                 drop(queue);
                 self.drain_all(&mut sink);
                 drop(sink);
                 self.resumed();
             }
-            Grant::Ft(_) => queue.gate = Gate::Protected,
+            Grant::Ft(_) => {
+                let again = self.again(outputs);
+                let released = match again.is_empty() {
+                    true => committed,
+                    false => outputs.last_released(),
+                };
+                self.released.fetch_max(released.0, Ordering::AcqRel);
+                self.permitted_until.store(0, Ordering::Release);
+                let mut queue = self.queue.lock();
+                queue.last_sealed = queue.last_sealed.max(committed);
+                if !again.is_empty() {
+                    queue.sealed.push_front(Held {
+                        epoch: committed,
+                        records: again,
+                        at: 0,
+                        since_ns: self.clock.now_ns(),
+                    });
+                }
+                queue.gate = Gate::Protected;
+            }
         }
+    }
+
+    /// What is not known released, in a buffer that an epoch can use later.
+    fn again(&self, outputs: &ShadowOutputs) -> Vec<u8> {
+        let bytes = |(_, record): (EpochId, Record<'_>)| record_size(record.payload.len());
+        let needed: usize = outputs.unreleased().map(bytes).sum();
+        let room = self.config.epoch_bytes.max(POWER_RESERVE);
+        let mut again = Vec::with_capacity(needed.max(room));
+        for (_, record) in outputs.unreleased() {
+            if !push(&mut again, record) {
+                tracing::error!(kind = ?record.kind, "an output to be sent again found no room");
+            }
+        }
+        again
     }
 
     /// Lets out what was held in the open epoch while a lease was over.

@@ -318,12 +318,32 @@ fn a_promoted_side_sends_what_is_not_known_released_first() {
     hold(&promoted, 4).unwrap();
     promoted.promote(solo(), &kept, EpochId(3));
     assert_eq!(wire.seen(), [2, 3, 4]);
-    let (swapped, wire, _) = barrier(small());
+    let (swapped, wire, hand) = barrier(small());
+    hand.0.store(1000, Ordering::SeqCst);
     swapped.promote(ft(), &kept, EpochId(3));
     hold(&swapped, 4).unwrap();
-    assert_eq!(wire.seen(), [2, 3], "after a planned failover outputs wait");
+    assert_eq!(wire.seen(), [], "after a planned failover all outputs wait");
+    assert_eq!(swapped.released(), EpochId(1), "the next shadow is told so");
     assert!(swapped.seal(EpochId(3), &mut Vec::new()).is_err(), "I5");
     swapped.seal(EpochId(4), &mut Vec::new()).unwrap();
+    assert!(
+        !swapped.if_permitted(|| {}),
+        "nobody has permitted anything"
+    );
+    assert_eq!(swapped.release(EpochId(3), 899), Release::Expired);
+    assert_eq!(wire.seen(), []);
+    assert_eq!(swapped.release(EpochId(3), 900), Release::Done);
+    assert_eq!(wire.seen(), [2, 3]);
+    assert!(swapped.if_permitted(|| {}));
+    assert_eq!(swapped.release(EpochId(4), 950), Release::Done);
+    assert_eq!(wire.seen(), [2, 3, 4]);
+    // Alone in the end, before any permission: everything leaves, in order.
+    let (alone, wire, _) = barrier(small());
+    alone.promote(ft(), &kept, EpochId(3));
+    hold(&alone, 4).unwrap();
+    alone.freeze();
+    alone.pass(solo());
+    assert_eq!(wire.seen(), [2, 3, 4]);
 }
 
 #[test]

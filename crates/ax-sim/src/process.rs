@@ -12,7 +12,7 @@ use ax_sync::{Condvar, Mutex};
 use ax_wire::record::{Change, Member, Record, Refusal, Request, State};
 use ax_wire::{EpochId, Generation, Incarnation, Session, Side};
 use io_barrier::{
-    Barrier, BarrierConfig, FtGrant, Grant, OutputSink, Power, ShadowOutputs, SoloGrant,
+    Barrier, BarrierConfig, Clock, FtGrant, Grant, OutputSink, Power, ShadowOutputs, SoloGrant,
 };
 use statepoint::link::ShadowLink;
 use statepoint::pair::{Action, Event, Pair, Phase};
@@ -63,6 +63,8 @@ pub enum Word {
     Running,
     /// It does not.
     CouldNot,
+    /// I wait as a shadow does from here on: you may show outputs.
+    Show,
     /// I am your shadow now.
     Follow(Running2),
     /// The pair has stopped by this record.
@@ -247,6 +249,8 @@ struct Process {
     /// What this process was before the roles turned.
     parting: Option<Shadowing>,
     turning: Option<u64>,
+    /// When this side said that the guest runs here after a turn, by its host's clock.
+    turned: Option<u64>,
     watch: Option<Watch>,
     /// Whom heartbeats go to.
     beats: Arc<parking_lot::Mutex<Option<Running>>>,
@@ -331,6 +335,7 @@ fn run(
         shadowing: None,
         parting: None,
         turning: None,
+        turned: None,
         watch: None,
         beats,
         prepared: None,
@@ -724,14 +729,25 @@ impl Process {
                 self.turning = Some(self.here.now() + TURN);
                 self.step(Event::HandedOver(record));
                 let runs = self.pair.as_ref().and_then(Pair::may_release).is_some();
-                let answer = if runs { Word::Running } else { Word::CouldNot };
-                if !runs {
-                    self.turning = None;
-                }
+                let answer = match runs {
+                    true => {
+                        self.turned = Some(self.parts.clock.now_ns());
+                        Word::Running
+                    }
+                    false => {
+                        self.turning = None;
+                        Word::CouldNot
+                    }
+                };
                 self.tell(&who, answer);
             }
             Word::Running => self.step(Event::Running),
             Word::CouldNot => self.step(Event::PromotionFailed),
+            Word::Show => {
+                if let (Some(stamp), Some(Phase::Ft { .. })) = (self.turned, self.phase()) {
+                    let _ = self.parts.barrier.release(self.last_epoch, stamp);
+                }
+            }
             Word::Follow(shadow) => {
                 if let (Some(Phase::Ft { record }), true) = (self.phase(), self.turning.is_some()) {
                     let (at, generation) = (self.last_epoch, record.generation);
@@ -1002,6 +1018,7 @@ impl Process {
             return lost("no protection");
         };
         let primary = protection.shadow.clone();
+        self.tell(&primary, Word::Show);
         let Some(committed) = protection.hand_over(&self.parts) else {
             return lost("the final epoch is gone");
         };

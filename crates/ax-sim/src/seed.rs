@@ -47,13 +47,15 @@ pub enum Fault {
     FailingDisk,
     /// A planned failover.
     Failover,
+    /// A planned failover, and a host stands still in the middle of it.
+    FailoverStandsStill,
     /// Every connection is reset.
     Reset,
     /// Messages take long, and of different lengths.
     SlowNetwork,
 }
 
-const FAULTS: [Fault; 17] = [
+const FAULTS: [Fault; 18] = [
     Fault::KillPrimary,
     Fault::KillShadow,
     Fault::PowerPrimary,
@@ -69,6 +71,7 @@ const FAULTS: [Fault; 17] = [
     Fault::HungDisk,
     Fault::FailingDisk,
     Fault::Failover,
+    Fault::FailoverStandsStill,
     Fault::Reset,
     Fault::SlowNetwork,
 ];
@@ -91,6 +94,7 @@ impl Fault {
             Fault::HungDisk => "hung disk",
             Fault::FailingDisk => "failing disk",
             Fault::Failover => "planned failover",
+            Fault::FailoverStandsStill => "planned failover, a host stands still",
             Fault::Reset => "connections reset",
             Fault::SlowNetwork => "slow network",
         }
@@ -347,6 +351,12 @@ impl Director {
         self.befall(fault, holder);
     }
 
+    fn fail_over(&self, holder: usize) {
+        if let Some(process) = self.universe.process(holder) {
+            process.inbox.tell(Input::Order(Order::Failover));
+        }
+    }
+
     /// Cuts both directions between two places.
     fn cut(&self, a: Place, b: Place) {
         self.universe.net.cut(a, b, true);
@@ -402,10 +412,11 @@ impl Director {
                 // The file of facts may lie on another one.
                 host.facts.fail(below(2) == 0);
             }
-            Fault::Failover => {
-                if let Some(process) = all.process(holder) {
-                    process.inbox.tell(Input::Order(Order::Failover));
-                }
+            Fault::Failover => self.fail_over(holder),
+            Fault::FailoverStandsStill => {
+                self.fail_over(holder);
+                self.pause(12);
+                all.freeze(any, milliseconds(20 + below(250)));
             }
             Fault::Reset => {
                 let connections = all.connections.lock().clone();

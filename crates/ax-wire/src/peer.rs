@@ -36,6 +36,9 @@ pub enum PeerMessage {
     /// Primary to shadow: the VM is not to be protected any more, by an operator's order; this record
     /// lets the primary run alone.
     Dismissed(Record),
+    /// The one that handed over, which has heard [`PeerMessage::Running`]: from here on it waits as a shadow
+    /// does before it asks for the VM, so that the one that now runs may show outputs (rules 24, 25).
+    Show,
 }
 
 /// Why bytes are not a message.

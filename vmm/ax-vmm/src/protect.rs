@@ -455,6 +455,13 @@ impl Protection {
             .say(PeerMessage::HandOver(record), Box::new(answer));
     }
 
+    /// The shadow, which runs the guest now, may show outputs: this side waits as a shadow does from here on
+    /// before it asks for the VM.
+    pub fn let_show(&self) {
+        let heard = |answer| tracing::debug!(?answer, "the other side may show outputs");
+        self.talk.say(PeerMessage::Show, Box::new(heard));
+    }
+
     /// The pair has stopped by this record: says so, and waits a moment for the answer.
     pub fn tell_stopped(&self, record: Record) {
         let heard = self

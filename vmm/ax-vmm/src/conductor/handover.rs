@@ -232,6 +232,10 @@ impl Conductor {
         }
         let lost = |why: &str| Error::Link(format!("after a planned failover: {why}"));
         let holder = record.holder().ok_or_else(|| lost("nobody holds"))?;
+        if let Some(protection) = &self.protection {
+            protection.let_show();
+        }
+        self.turned_ns = None;
         let protection = self.protection.take();
         let stint = self.stint;
         let HandedOver {

@@ -116,6 +116,8 @@ struct Conductor {
     shadowing: Option<Shadowing>,
     /// A planned failover whose new session is not formed yet.
     turning: Option<Turning>,
+    /// When this side said that the guest runs here after a planned failover, CLOCK_BOOTTIME ns.
+    turned_ns: Option<u64>,
     /// What this process was before the turn, still watching the other side.
     parting: Option<Parting>,
     /// What a promotion starts from: finished, and restored into the machine.
@@ -204,6 +206,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         protection: None,
         shadowing: None,
         turning: None,
+        turned_ns: None,
         parting: None,
         prepared: None,
         born: Instant::now(),

@@ -4,10 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_api::process::What;
-use ax_link::heartbeat::boottime_ns;
 use ax_wire::record::{Record, State};
 use io_barrier::{Gate, Grant, SoloGrant};
-use statepoint::pair::Event;
+use statepoint::pair::{Event, Phase};
 
 use super::{Conductor, Input};
 use crate::error::Error;
@@ -100,10 +99,13 @@ impl Conductor {
     }
 
     /// The first outputs after a promotion: announcements, then what committed epochs had not released
-    /// (rule 6), then the frames the guest has not seen (rule 7).
+    /// (rule 6), then the frames the guest has not seen (rule 7). After a planned failover the outputs wait
+    /// for the old primary's word ([`Self::may_show`]).
     pub(super) fn release_promoted(&mut self, grant: Grant, shadowing: &Shadowing) {
         let committed = self.last_epoch;
-        self.parts.taps.announce();
+        if matches!(grant, Grant::Solo(_)) {
+            self.parts.taps.announce();
+        }
         shadowing
             .engine
             .with_outputs(|outputs| self.parts.barrier.promote(grant, outputs, committed));
@@ -141,21 +143,38 @@ impl Conductor {
         }
     }
 
-    /// Announcements may be lost: they are repeated for a few seconds.
+    /// The old primary has heard that the guest runs here, and is its shadow from then on: what was true
+    /// when this side said so permits outputs as an acknowledgement does (rule 24).
+    pub(super) fn may_show(&self) {
+        let (Some(stamp), Some(Phase::Ft { .. })) = (self.turned_ns, self.phase()) else {
+            return;
+        };
+        let (barrier, taps) = (&self.parts.barrier, &self.parts.taps);
+        barrier.permit(stamp);
+        if barrier.if_permitted(|| taps.announce()) {
+            // What is too late leaves with the first acknowledgement.
+            let _ = barrier.release(self.last_epoch, stamp);
+        }
+    }
+
+    /// Announcements may be lost: they are repeated for a few seconds, each only while an output might
+    /// leave (I3): a host that stood still may have been taken over from.
     fn keep_announcing(&self) {
         let taps = Arc::clone(&self.parts.taps);
         let barrier = Arc::clone(&self.parts.barrier);
-        let detect = Duration::from_millis(self.spec.timing.detect_ms);
         let again = move || {
             for pause in [1, 2, 4, 8, 15, 30, 60, 120, 250, 500, 1000, 2000] {
-                let (pause, before) = (Duration::from_millis(pause), boottime_ns());
-                std::thread::sleep(pause);
-                let slept = Duration::from_nanos(boottime_ns().saturating_sub(before));
-                // A process that stood still meanwhile may have been taken over from (I3).
-                if slept > pause + detect / 2 || barrier.gate() == Gate::Frozen {
-                    return;
+                std::thread::sleep(Duration::from_millis(pause));
+                // Permissions are as far apart as epochs: up to 40 ms while nothing happens.
+                for _ in 0..100 {
+                    if barrier.gate() == Gate::Frozen {
+                        return;
+                    }
+                    if barrier.if_permitted(|| taps.announce()) {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
                 }
-                taps.announce();
             }
         };
         if let Err(error) = std::thread::Builder::new()

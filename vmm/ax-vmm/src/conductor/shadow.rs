@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use ax_api::process::What;
 use ax_failpoint::Point;
 use ax_link::Stream;
+use ax_link::heartbeat::boottime_ns;
 use ax_wire::Session;
 use ax_wire::peer::PeerMessage;
 use statepoint::pair::{Event, Phase};
@@ -117,7 +118,11 @@ impl Conductor {
                 self.step(Event::HandedOver(record))?;
                 ax_failpoint::reached(Point::Running);
                 match &self.life {
-                    Life::Paired(pair) if pair.may_release().is_some() => PeerMessage::Running,
+                    Life::Paired(pair) if pair.may_release().is_some() => {
+                        // Before it is said; what is said again says no more than the first time.
+                        self.turned_ns.get_or_insert_with(boottime_ns);
+                        PeerMessage::Running
+                    }
                     _ => {
                         self.turning = None;
                         PeerMessage::CouldNot
@@ -131,6 +136,10 @@ impl Conductor {
             PeerMessage::Dismissed(record) => {
                 let _ = reply.send(PeerMessage::Done);
                 return self.step(Event::Dismissed(record));
+            }
+            PeerMessage::Show => {
+                self.may_show();
+                PeerMessage::Done
             }
             PeerMessage::Follow(addresses) => self.take_shadow(&addresses)?,
             PeerMessage::Begin
