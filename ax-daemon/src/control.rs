@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ax_api::host::{Code, MAX_LINE};
-use ax_api::process::{Reply, Request, Status};
+use ax_api::process::{NO_REQUEST, Reply, Request, Status};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{
@@ -125,6 +125,13 @@ pub async fn order(socket: &Path, request: &Request, patience: Duration) -> Resu
     let answer = async { Connection::open(socket).await?.ask(request, patience).await };
     match answer.await {
         Ok(Reply::Done | Reply::Status(_) | Reply::Console { .. } | Reply::Word { .. }) => Ok(()),
+        Ok(Reply::Refused { why }) if why.starts_with(NO_REQUEST) => Err(Failure::new(
+            Code::State,
+            format!(
+                "the VM's process does not know this: it is of an earlier build, and gets that of this axd when it \
+                 is started anew ({why})"
+            ),
+        )),
         Ok(Reply::Refused { why }) => Err(Failure::new(Code::State, why)),
         Err(e) => Err(Failure::io("the VM's process does not answer", &e)),
     }

@@ -101,6 +101,7 @@ impl Daemon {
             host: self.config.name.clone(),
             reachable: true,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            wire: ax_wire::Versions::ours().newest().number(),
             maintenance: self.in_maintenance(),
             shutting_down: self.is_shutting_down(),
             memory: crate::daemon::memory(),

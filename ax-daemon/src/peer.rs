@@ -11,6 +11,7 @@ use std::time::Duration;
 use ax_api::host::{Code, MAX_LINE, PeerReport, PeerRequest, ProcessReport, Reply, Request};
 use ax_api::report::HostPath;
 use ax_link::{AddressPair, Connector, HostName, Preamble, Security, Stream};
+use ax_wire::version::Lacks;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -266,6 +267,8 @@ impl PeerLink {
             .set_read_timeout(Some(SILENCE))
             .and_then(|()| stream.set_write_timeout(Some(SILENCE)))
             .map_err(|e| away(e.to_string()))?;
+        let lacks = |e: Lacks| Failure::new(Code::Peer, format!("host {}: {e}", self.name));
+        stream.version().has(request).map_err(lacks)?;
         let mut stream = BufReader::new(stream);
         write_line(stream.get_mut(), request).map_err(|e| away(e.to_string()))?;
         loop {

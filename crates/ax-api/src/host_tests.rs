@@ -34,6 +34,7 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
         status: Some(Status {
             name: "web".into(),
             pid: 42,
+            wire: 1,
             incarnation: Incarnation(9),
             role,
             phase,

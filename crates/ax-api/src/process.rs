@@ -5,6 +5,11 @@
 //! [`Request`] a line and reads one [`Reply`] a line. After [`Request::Subscribe`] the process
 //! sends [`Event`]s, one a line, until the connection ends; after [`Request::Console`] the
 //! connection carries raw console bytes both ways.
+//!
+//! The two may be of builds one wire version apart: axd is replaced while its guests' processes run on. So
+//! whatever is new here has a default where it is absent, and what a reader does not know it passes over
+//! ([`Phase::Other`], [`What::Other`]). A process refuses a request that it does not know, which then says
+//! so ([`Status::wire`] tells axd what to expect).
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -194,6 +199,9 @@ pub enum Phase {
     Paused,
     /// About to exit.
     Ending,
+    /// One that the reader's build does not know.
+    #[serde(other)]
+    Other,
 }
 
 /// What a process says of itself.
@@ -203,6 +211,9 @@ pub struct Status {
     pub name: String,
     /// Process id.
     pub pid: u32,
+    /// Newest wire version its build speaks.
+    #[serde(default = "crate::first_wire")]
+    pub wire: u16,
     /// This run of it.
     pub incarnation: Incarnation,
     /// What it is for.
@@ -395,6 +406,9 @@ pub enum Request {
     },
 }
 
+/// How the refusal begins of a line that is no [`Request`], or none that the process's build knows.
+pub const NO_REQUEST: &str = "not a request";
+
 /// The answer to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "re")]
@@ -491,4 +505,7 @@ pub enum What {
         /// The line.
         text: String,
     },
+    /// Something that the reader's build does not know.
+    #[serde(other)]
+    Other,
 }

@@ -420,8 +420,8 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
         };
         shared
             .backward
-            .connect(link.backward, shared.me(), resume)?;
-        let reader = FrameReader::new(link.forward);
+            .connect(link.backward, link.version, shared.me(), resume)?;
+        let reader = FrameReader::new(link.forward, link.version);
         shared.stages.lock().begin();
         let guest = Mutex::new(&mut self.guest);
         let sink = Mutex::new(&mut self.sink);
