@@ -61,11 +61,11 @@ impl Product {
             None => own,
             Some(profile) => own.with_file_name(if profile == "dev" { "debug" } else { profile }),
         };
-        build(&dir)?;
+        build(&dir, &PACKAGES, &[])?;
         Product::within(&dir)
     }
 
-    fn within(dir: &Path) -> Result<Product> {
+    pub(crate) fn within(dir: &Path) -> Result<Product> {
         let program = |name: &str| {
             let path = dir.join(name);
             if path.is_file() {
@@ -87,7 +87,7 @@ impl Product {
 
 /// The folder cargo puts this profile's programs into: tests run from its `deps`, benches and
 /// programs from there or itself.
-fn profile_dir() -> Result<PathBuf> {
+pub(crate) fn profile_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().map_err(Error::os("find the running program"))?;
     exe.ancestors()
         .skip(1)
@@ -96,7 +96,7 @@ fn profile_dir() -> Result<PathBuf> {
         .ok_or_else(|| Error::Product(format!("{} is in no folder", exe.display())))
 }
 
-fn build(dir: &Path) -> Result<()> {
+pub(crate) fn build(dir: &Path, packages: &[&str], more: &[&str]) -> Result<()> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2);
     let workspace = workspace.ok_or_else(|| Error::Product("no workspace".into()))?;
     let profile = match dir.file_name().and_then(OsStr::to_str) {
@@ -109,9 +109,10 @@ fn build(dir: &Path) -> Result<()> {
         .current_dir(workspace)
         .args(["build", "--profile", profile]);
     cargo.arg("--target-dir").arg(target);
-    for package in PACKAGES {
+    for package in packages {
         cargo.args(["--package", package]);
     }
+    cargo.args(more);
     if PROFILE.get().is_some() {
         cargo.stderr(Stdio::inherit());
     }
@@ -125,7 +126,7 @@ fn build(dir: &Path) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     Err(Error::Product(format!(
         "cargo build of {} failed\n{said}",
-        PACKAGES.join(", ")
+        packages.join(", ")
     )))
 }
 
