@@ -1,8 +1,8 @@
 //! The hosts of a pair and their witness are upgraded one after the other: whoever talks to whom across
 //! builds, no client of a guest can tell, and builds too far apart say so.
 //!
-//! The other build is this source speaking another wire version, or a real one: `AX_PREVIOUS_DIR=DIR` names the
-//! folder of a build of the wire version before (docs/testing.md).
+//! The other builds are this source's programs told to speak another wire version, or real ones:
+//! `AX_PREVIOUS_DIR=DIR` names the folder of a build of the wire version before (docs/testing.md).
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testkit::builds::Build;
 use testkit::site::{Side, Site, SiteSpec};
-use testkit::{require_kvm, require_lab};
+use testkit::{require_builds, require_kvm, require_lab};
 
 fn of_builds(builds: [Build; 3]) -> SiteSpec {
     SiteSpec {
@@ -87,9 +87,11 @@ fn host_dies(site: &mut Site, victim: Side, clients: &Clients) {
 fn hosts_and_witness_are_upgraded_one_after_the_other_and_no_client_can_tell() {
     require_kvm!();
     require_lab!();
+    require_builds!();
     let _alone = alone();
     let ours = Some(u64::from(Build::Ours.wire()));
     let mut site = protected(of_builds([Build::Previous; 3]), &["--verify-every", "25"]);
+    assert_ne!(wire_of_process(&site, Side::A, Side::A), ours);
     let clients = Clients::start(&site);
 
     upgrade(&mut site, Side::B, Build::Ours);
@@ -118,6 +120,7 @@ fn hosts_and_witness_are_upgraded_one_after_the_other_and_no_client_can_tell() {
 fn an_upgrade_is_taken_back_and_hosts_die_meanwhile() {
     require_kvm!();
     require_lab!();
+    require_builds!();
     let _alone = alone();
     let spec = of_builds([Build::Ours, Build::Previous, Build::Ours]);
     let mut site = protected(spec, &["--verify-every", "25"]);
@@ -155,13 +158,11 @@ fn an_upgrade_is_taken_back_and_hosts_die_meanwhile() {
 fn axd_of_another_build_commands_the_processes_that_run_on() {
     require_kvm!();
     require_lab!();
+    require_builds!();
     let _alone = alone();
-    for (before, after) in [
-        (Build::Previous, Build::Ours),
-        (Build::Ours, Build::Previous),
-    ] {
-        let mut site = protected(of_builds([before; 3]), &[]);
-        let clients = Clients::start(&site);
+    let mut site = protected(of_builds([Build::Previous; 3]), &[]);
+    let clients = Clients::start(&site);
+    for after in [Build::Ours, Build::Previous] {
         let processes = SIDES.map(|side| vm_processes(&site, side));
         for side in SIDES {
             replace_axd(&mut site, side, after);
@@ -172,22 +173,23 @@ fn axd_of_another_build_commands_the_processes_that_run_on() {
         }
         order(&site, Side::B, &["pause", "vm"]);
         order(&site, Side::B, &["resume", "vm"]);
-        clients.go_on(100);
         let found = SIDES.map(|side| vm_processes(&site, side));
         assert_eq!(found, processes, "the VM's processes");
-        // A new shadow comes from the new build, the guest stays where it is.
-        site.run_axvm(Side::A, &["kill", "vm", "--host", "b"])
-            .unwrap();
-        clients.go_on(100);
-        until_protected(&site, "vm");
-        clients.are_content();
+        // New processes come from the new build; the next axd finds those.
+        for side in SIDES {
+            order(&site, side, &["kill", "vm", "--host", side.name()]);
+            clients.go_on(100);
+            until_protected(&site, "vm");
+        }
     }
+    clients.are_content();
 }
 
 #[test]
 fn builds_two_versions_apart_say_so_and_the_guest_runs_on_unprotected() {
     require_kvm!();
     require_lab!();
+    require_builds!();
     let _alone = alone();
     let spec = of_builds([Build::Previous, Build::Previous, Build::Ours]);
     let mut site = protected(spec, &[]);

@@ -61,7 +61,7 @@ impl Product {
             None => own,
             Some(profile) => own.with_file_name(if profile == "dev" { "debug" } else { profile }),
         };
-        build(&dir, &PACKAGES, &[])?;
+        build(&dir)?;
         Product::within(&dir)
     }
 
@@ -87,7 +87,7 @@ impl Product {
 
 /// The folder cargo puts this profile's programs into: tests run from its `deps`, benches and
 /// programs from there or itself.
-pub(crate) fn profile_dir() -> Result<PathBuf> {
+fn profile_dir() -> Result<PathBuf> {
     let exe = std::env::current_exe().map_err(Error::os("find the running program"))?;
     exe.ancestors()
         .skip(1)
@@ -96,7 +96,7 @@ pub(crate) fn profile_dir() -> Result<PathBuf> {
         .ok_or_else(|| Error::Product(format!("{} is in no folder", exe.display())))
 }
 
-pub(crate) fn build(dir: &Path, packages: &[&str], more: &[&str]) -> Result<()> {
+fn build(dir: &Path) -> Result<()> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2);
     let workspace = workspace.ok_or_else(|| Error::Product("no workspace".into()))?;
     let profile = match dir.file_name().and_then(OsStr::to_str) {
@@ -109,10 +109,9 @@ pub(crate) fn build(dir: &Path, packages: &[&str], more: &[&str]) -> Result<()> 
         .current_dir(workspace)
         .args(["build", "--profile", profile]);
     cargo.arg("--target-dir").arg(target);
-    for package in packages {
+    for package in PACKAGES {
         cargo.args(["--package", package]);
     }
-    cargo.args(more);
     if PROFILE.get().is_some() {
         cargo.stderr(Stdio::inherit());
     }
@@ -126,7 +125,7 @@ pub(crate) fn build(dir: &Path, packages: &[&str], more: &[&str]) -> Result<()> 
     let said = String::from_utf8_lossy(&output.stderr);
     Err(Error::Product(format!(
         "cargo build of {} failed\n{said}",
-        packages.join(", ")
+        PACKAGES.join(", ")
     )))
 }
 

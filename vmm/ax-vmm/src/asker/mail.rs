@@ -74,6 +74,7 @@ impl Mail {
             name: self.name.clone(),
             letter: Box::new(*letter),
         };
+        stream.version().has(&request).map_err(|e| away(&e))?;
         let mut line = serde_json::to_vec(&request).map_err(|e| away(&e))?;
         line.push(b'\n');
         std::io::Write::write_all(&mut stream, &line)
