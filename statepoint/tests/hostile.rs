@@ -352,6 +352,7 @@ fn questions_about_disks_that_are_not_there_or_not_due_are_refused() {
 fn answers_about_disks_that_nobody_asked_for_are_refused() {
     let frame = |kind, payload: Vec<u8>| Frame {
         header: Header {
+            version: WIRE_VERSION,
             kind,
             session: session(sim::B.incarnation, 1),
             epoch: EpochId(0),
