@@ -14,7 +14,7 @@ use crate::builds::Build;
 use crate::fuse::Disk;
 use crate::net::{Host, Lab, LabSpec, addr};
 use crate::power;
-use crate::product::{Daemon, Product};
+use crate::product::Daemon;
 use crate::{Error, Result};
 
 /// Where axd listens for the other axd.
@@ -258,21 +258,11 @@ impl Site {
         Ok(())
     }
 
-    /// A command of the build that is installed on a host.
-    fn program(
-        &self,
-        host: &Host,
-        build: Build,
-        which: fn(&Product) -> &PathBuf,
-    ) -> Result<Command> {
-        let mut command = host.command(which(build.product()?));
+    /// `axd` of a build, on a host.
+    fn axd_of(&self, host: &Host, build: Build) -> Result<Command> {
+        let mut command = host.command(&build.product()?.axd);
         command.envs(build.variable());
         Ok(command)
-    }
-
-    /// `axd` on a host, of the build that is installed there.
-    fn axd_of(&self, host: &Host, build: Build) -> Result<Command> {
-        self.program(host, build, |product| &product.axd)
     }
 
     /// Starts a side's axd, anew if one ran before, and waits until it takes orders.
