@@ -3,7 +3,7 @@
 //! | port | |
 //! |---|---|
 //! | 0x600, 2 bytes | PM1a status: PWRBTN_STS; a one written clears it |
-//! | 0x602, 2 bytes | PM1a enable: PWRBTN_EN, GBL_EN |
+//! | 0x602, 2 bytes | PM1a enable: PWRBTN_EN; GBL_EN and RTC_EN, which enable nothing |
 //! | 0x604, 2 bytes | PM1a control: SCI_EN, always set; SLP_TYP and SLP_EN |
 //!
 //! The system control interrupt is a level: high while an event is pending and enabled. There is no
@@ -30,8 +30,12 @@ pub(crate) const S5: u8 = 0;
 const LAST: u16 = CONTROL_BLOCK + CONTROL_LEN as u16 - 1;
 /// PWRBTN_STS and PWRBTN_EN (4.8.3.1.1, 4.8.3.1.2).
 const POWER_BUTTON: u16 = 1 << 8;
-/// GBL_EN: nothing ever sets GBL_STS here, but a driver of the global lock checks that the bit sticks.
+/// GBL_EN and RTC_EN: nothing ever sets their status here, but the drivers of the global lock and of the clock
+/// (Linux's, whatever FIX_RTC says) complain where the bits don't stick.
 const GLOBAL_LOCK: u16 = 1 << 5;
+const RTC: u16 = 1 << 10;
+/// The enable register's bits.
+const ENABLE: u16 = POWER_BUTTON | GLOBAL_LOCK | RTC;
 /// SCI_EN in the control register (4.8.3.2.1).
 const SCI_EN: u8 = 1;
 /// SLP_EN and SLP_TYP in the high byte of the control register.
@@ -75,8 +79,8 @@ impl Pm1 {
             match port - EVENT_BLOCK {
                 0 => self.status &= !low,
                 1 => self.status &= !high,
-                2 => self.enable = (self.enable & 0xff00) | (low & GLOBAL_LOCK),
-                3 => self.enable = (self.enable & 0x00ff) | (high & POWER_BUTTON),
+                2 => self.enable = (self.enable & 0xff00) | (low & ENABLE),
+                3 => self.enable = (self.enable & 0x00ff) | (high & ENABLE),
                 5 if byte & (SLEEP_ENABLE | SLEEP_TYPE) == SLEEP_ENABLE | S5 << 2 => {
                     power = Some(Power::Off);
                 }
@@ -109,7 +113,7 @@ impl Pm1 {
     /// From a record that anyone may have made.
     pub(super) fn of(record: &PlatformRecord) -> Result<Self, &'static str> {
         let (status, enable) = (record.pm1_status, record.pm1_enable);
-        if status & !POWER_BUTTON != 0 || enable & !(POWER_BUTTON | GLOBAL_LOCK) != 0 {
+        if status & !POWER_BUTTON != 0 || enable & !ENABLE != 0 {
             return Err("its PM1 registers have bits that this machine has not");
         }
         Ok(Pm1 { status, enable })
@@ -173,14 +177,14 @@ mod tests {
     }
 
     #[test]
-    fn the_global_locks_enable_bit_sticks_and_bits_of_absent_hardware_do_not() {
+    fn enable_bits_that_drivers_check_stick_and_no_others_do() {
         let mut pm1 = Pm1::default();
         pm1.write(0x600, &[0xff; 8]);
-        assert_eq!(word(&pm1, 0x602), POWER_BUTTON | GLOBAL_LOCK);
+        assert_eq!(word(&pm1, 0x602), ENABLE);
         assert_eq!(word(&pm1, 0x600), 0, "a write sets no status");
         let mut all = [0xaa; 8];
         pm1.read(0x600, &mut all);
-        assert_eq!(all, [0, 0, 0x20, 1, 1, 0, 0xaa, 0xaa]);
+        assert_eq!(all, [0, 0, 0x20, 5, 1, 0, 0xaa, 0xaa]);
     }
 
     proptest! {
@@ -210,7 +214,7 @@ mod tests {
         fn a_hostile_record_is_refused_or_means_what_it_says(status: u16, enable: u16) {
             let mut record = PlatformRecord::new_zeroed();
             (record.pm1_status, record.pm1_enable) = (status, enable);
-            let sound = status & !POWER_BUTTON == 0 && enable & !(POWER_BUTTON | GLOBAL_LOCK) == 0;
+            let sound = status & !POWER_BUTTON == 0 && enable & !ENABLE == 0;
             let taken = Pm1::of(&record);
             prop_assert_eq!(taken.is_ok(), sound);
             if let Ok(pm1) = taken {
