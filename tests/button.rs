@@ -159,10 +159,11 @@ fn a_guest_whose_host_dies_while_it_is_asked_is_asked_again() {
     require_lab!();
     let _alone = alone();
     let site = protected(patient(), &[]);
-    for (round, operator) in SIDES.into_iter().enumerate() {
+    for (round, remote) in [false, true].into_iter().enumerate() {
         // In an epoch that is committed, since the answer has left.
         button(&site, "ignore");
-        let home = site.primary(operator, "vm").unwrap().unwrap();
+        let home = site.primary(Side::A, "vm").unwrap().unwrap();
+        let operator = if remote { home.other() } else { home };
         let before = asked(&site, home);
         let stop = stopping(&site, operator, "30");
         eventually("it is asked", || asked(&site, home) > before);

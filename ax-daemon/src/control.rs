@@ -19,6 +19,9 @@ use crate::failure::Failure;
 /// How long a process may take to answer an ordinary question.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long it may take to press a guest's power button: orders wait for what is being done.
+const PRESS: Duration = Duration::from_secs(10);
+
 /// Reads one line of JSON; none at the end of the stream.
 ///
 /// # Errors
@@ -136,7 +139,7 @@ pub async fn order(socket: &Path, request: &Request, patience: Duration) -> Resu
 /// It has none, or does not answer in time.
 pub async fn press(socket: &Path) -> std::io::Result<Press> {
     let mut connection = Connection::open(socket).await?;
-    match connection.ask(&Request::PowerButton, PATIENCE).await? {
+    match connection.ask(&Request::PowerButton, PRESS).await? {
         Reply::Button { press } => Ok(press),
         other => Err(std::io::Error::other(format!(
             "answered {other:?} to a press of the power button"

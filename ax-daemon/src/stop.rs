@@ -46,7 +46,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(STOP_TIMEOUT_S);
 struct Asking {
     patience: Duration,
     until: Instant,
-    /// Where it was asked last; its process has not ended, as far as is known, for as long as this is there.
+    /// It has been asked, where it runs now.
     asked: bool,
     /// Why it is not asked.
     not_asked: Option<&'static str>,
@@ -235,8 +235,8 @@ impl Daemon {
                 Ok(Press::Pressed) => None,
                 Ok(Press::NobodyListens) => Some("does not listen to its power button"),
                 Ok(Press::StandsStill) => Some("stands still"),
-                // A process of an earlier build has no button.
-                Err(_) => Some("has no power button that could be pressed"),
+                // Of an earlier build, too.
+                Err(_) => Some("can't be reached by its process"),
             },
             Some(why) => why,
             None => Some("is not told of by its process"),
