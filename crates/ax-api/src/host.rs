@@ -28,6 +28,18 @@ pub const MAX_LINE: usize = 1 << 20;
 /// Where axd listens and axvm looks, unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/axd/axd.sock";
 
+/// How long a guest that is to be stopped has to shut itself down once its power button is pressed, unless
+/// told otherwise, seconds.
+pub const STOP_TIMEOUT_S: u64 = 60;
+
+fn stop_timeout_s() -> u64 {
+    STOP_TIMEOUT_S
+}
+
+fn is_stop_timeout(seconds: &u64) -> bool {
+    *seconds == STOP_TIMEOUT_S
+}
+
 /// A disk as a user asks for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -136,12 +148,16 @@ pub enum Request {
         /// Start it unprotected if the other host does not answer.
         alone_ok: bool,
     },
-    /// Stop a VM in order (rule 26).
+    /// Stop a VM in order (rule 26): its guest is asked by its power button first.
     Stop {
         /// Its name.
         name: String,
         /// End its processes at once, without a record.
         force: bool,
+        /// How long its guest has to shut itself down, seconds; 0: it is not asked. Not written when it is the
+        /// usual time: an axd from before this field refuses it.
+        #[serde(default = "stop_timeout_s", skip_serializing_if = "is_stop_timeout")]
+        timeout_s: u64,
     },
     /// Reset the machine.
     Reboot {
@@ -249,6 +265,8 @@ pub enum Code {
     Memory = 11,
     /// The arbiter refused or cannot be reached.
     Arbiter = 12,
+    /// The VM is stopped in order, but its guest had been asked to shut itself down and did not in time.
+    Forced = 13,
 }
 
 impl Code {

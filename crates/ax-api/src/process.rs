@@ -361,6 +361,9 @@ pub enum Request {
     Pause,
     /// Let them go on.
     Resume,
+    /// Primary: press the guest's power button. Answered by [`Reply::Button`], at once; a guest that shuts
+    /// itself down then ends as it would by itself.
+    PowerButton,
     /// Orderly stop (rule 26), answered when the record says so and just before the exit.
     Stop,
     /// Reset the machine as its button would.
@@ -423,6 +426,11 @@ pub enum Reply {
         /// Offset in the guest's whole console stream.
         offset: u64,
     },
+    /// To [`Request::PowerButton`].
+    Button {
+        /// What came of it.
+        press: Press,
+    },
     /// To [`Request::Word`].
     Word {
         /// What this host says.
@@ -433,6 +441,18 @@ pub enum Reply {
         /// What was wrong and what to do.
         why: String,
     },
+}
+
+/// What came of a press of a guest's power button.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Press {
+    /// The guest listens and is told.
+    Pressed,
+    /// The guest does not listen to its button: no driver has enabled its event.
+    NobodyListens,
+    /// The guest is paused, or on its way elsewhere: it can't answer.
+    StandsStill,
 }
 
 /// Something that happened, worth telling an operator.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use ax_api::process::{Reply, Request, Role, What};
+use ax_api::process::{Press, Reply, Request, Role, What};
 use statepoint::pair::{Event, Phase};
 
 use super::{Conductor, Ended, Life};
@@ -37,6 +37,9 @@ impl Conductor {
                 self.reboot()?;
                 Reply::Done
             }
+            Request::PowerButton if primary => Reply::Button {
+                press: self.press_power_button(),
+            },
             Request::Stop if primary => {
                 self.waiting.push(reply);
                 let before = self.phase().cloned();
@@ -96,6 +99,20 @@ impl Conductor {
         let _ = reply.send(answer);
         self.show();
         Ok(())
+    }
+
+    /// An input of the running side alone: what presses goes on asking where the guest goes on.
+    fn press_power_button(&self) -> Press {
+        if self.leaving || self.parts.machine.is_parked() {
+            return Press::StandsStill;
+        }
+        // Between two epochs: the press belongs to the one that follows.
+        let press = |machine: &mut vmm::Machine| machine.press_power_button();
+        match self.parts.machine.between_epochs(press) {
+            vmm::Press::Pressed => Press::Pressed,
+            vmm::Press::NobodyListens => Press::NobodyListens,
+            vmm::Press::StandsStill => Press::StandsStill,
+        }
     }
 
     pub(super) fn power(&mut self, what: io_barrier::Power) -> Result<(), Error> {
