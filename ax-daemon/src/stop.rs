@@ -75,6 +75,7 @@ fn why_not(phase: &Phase) -> Option<&'static str> {
         Phase::Starting | Phase::Waiting | Phase::FailingOver | Phase::Ending => {
             Some("is between two states")
         }
+        Phase::Other => Some("is in a state that this axd does not know"),
     }
 }
 
