@@ -38,7 +38,11 @@ impl PowerButton {
         outw(fixed.events, POWER_BUTTON);
         self.seen = percpu::pin_count(fixed.sci);
         cpu::route_pin(fixed.sci);
-        let enable = if does == Button::Unheard { 0 } else { POWER_BUTTON };
+        let enable = if does == Button::Unheard {
+            0
+        } else {
+            POWER_BUTTON
+        };
         outw(fixed.events + 2, enable);
         self.does = does;
         true
