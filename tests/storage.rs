@@ -165,6 +165,8 @@ fn with_the_arbiter_away_a_guest_waits_on_its_failing_disk_and_leaves_when_it_is
         "an answer without a disk"
     );
     assert_eq!(site.primary(Side::A, "vm").unwrap(), Some(Side::A));
+    // With nothing in its store: both hosts register first, and the record is the same.
+    site.wipe_witness().unwrap();
     site.start_witness().unwrap();
     clients.go_on(200);
     assert_eq!(site.primary(Side::B, "vm").unwrap(), Some(Side::B));

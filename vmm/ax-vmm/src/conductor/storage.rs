@@ -180,7 +180,7 @@ impl Conductor {
         let fails = self.parts.faults.trouble().is_some();
         match (found, self.phase()) {
             (Ok(found), Some(Phase::Ft { record }))
-                if *found == *record && fails && self.may_move() =>
+                if found.agrees_with(record) && fails && self.may_move() =>
             {
                 self.disks.refused = None;
                 self.step(Event::Resign)?;
