@@ -68,7 +68,9 @@ fn a_guest_whose_disk_fails_says_so_and_is_held_only_if_it_waits() {
         (Phase::Unprotected, true, State::Held),
         (Phase::Alone, true, State::Held),
         (Phase::Alone, false, State::Degraded),
-        (Phase::Protected, true, State::Protected),
+        // It leaves at once, or the arbiter is away.
+        (Phase::Protected, true, State::Held),
+        (Phase::Protected, false, State::Protected),
     ] {
         let mut process = process("a", Role::Primary, phase, 2);
         if let Some(status) = &mut process.status {

@@ -140,7 +140,11 @@ impl VmReport {
                 (phase, _) if status.disk_fails.is_some() => {
                     let why = status.disk_fails.as_deref().unwrap_or_default();
                     let state = match phase {
-                        Phase::Alone | Phase::Unprotected if status.disk_holds => State::Held,
+                        Phase::Alone | Phase::Unprotected | Phase::Protected
+                            if status.disk_holds =>
+                        {
+                            State::Held
+                        }
                         phase => state_of(phase).0,
                     };
                     (state, format!("a disk of its host fails: {why}"))

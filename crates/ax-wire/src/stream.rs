@@ -326,7 +326,7 @@ pub struct Resume {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub struct Progress {
-    /// Last epoch applied.
+    /// Last epoch applied, its disk writes included.
     pub applied: little_endian::U64,
     /// Last epoch whose disk writes are durable on the shadow's disks.
     pub durable: little_endian::U64,

@@ -444,6 +444,10 @@ impl ShadowSink for Disk {
         Ok(())
     }
 
+    fn applied(&self) -> EpochId {
+        EpochId(self.0.lock().1)
+    }
+
     fn durable(&self) -> EpochId {
         let most = self.1.lock().unwrap_or(u64::MAX);
         EpochId(self.0.lock().1.min(most))

@@ -32,7 +32,7 @@ use crate::session::{self, Gathered};
 use crate::standby::Service;
 use crate::waiting::Waiting;
 
-/// Committed epochs whose disk writes may wait to be applied.
+/// Committed epochs whose disk writes may wait to be applied, whatever they hold.
 const DISK_BACKLOG: usize = 2;
 /// How long a spoiled shadow lives on.
 const FAREWELL: Duration = Duration::from_millis(100);
@@ -131,6 +131,10 @@ impl ShadowSink for Disks {
         self.0
             .mark_in_sync(generation)
             .map_err(failed("make the disks' initial copy durable"))
+    }
+
+    fn applied(&self) -> EpochId {
+        self.0.progress().0
     }
 
     fn durable(&self) -> EpochId {

@@ -169,6 +169,7 @@ impl World {
         while replica.progress().0 < epoch {
             std::thread::yield_now();
         }
+        self.log.applied_on_shadow(epoch);
     }
 
     fn follow(&mut self) {
