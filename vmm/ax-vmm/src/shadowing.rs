@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use ax_disk::Replica;
 use ax_link::heartbeat::{
@@ -34,8 +33,6 @@ use crate::waiting::Waiting;
 
 /// Committed epochs whose disk writes may wait to be applied, whatever they hold.
 const DISK_BACKLOG: usize = 2;
-/// How long a spoiled shadow lives on.
-const FAREWELL: Duration = Duration::from_millis(100);
 
 /// What the shadow's threads tell the conductor.
 #[derive(Debug)]
@@ -260,8 +257,6 @@ impl Shadowing {
                 let error = engine.run(link);
                 tracing::info!(%error, "the epoch stream ended");
                 if ended.is_spoiled() {
-                    // The primary hears why before it hears of this process's end.
-                    std::thread::sleep(FAREWELL);
                     told(Following::Spoiled(error.to_string()));
                     return;
                 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc;
+use std::time::Duration;
 
 use ax_api::process::What;
 use ax_failpoint::Point;
@@ -16,6 +17,9 @@ use super::{Conductor, Ended, Input, Life, Stint};
 use crate::error::Error;
 use crate::session::Gathered;
 use crate::shadowing::{self, Following, Shadowing};
+
+/// How long a spoiled shadow lives on once it has said why.
+const FAREWELL: Duration = Duration::from_millis(100);
 
 impl Conductor {
     pub(super) fn gathered(&mut self, gathered: Gathered) -> Result<(), Error> {
@@ -92,6 +96,8 @@ impl Conductor {
                 self.events
                     .note(format!("this shadow's copy is spoiled: {why}"));
                 self.events.tell(What::Ended { why, clean: false });
+                // The primary hears why before it hears of this process's end.
+                std::thread::sleep(FAREWELL);
                 self.ended = Some(Ended::Fenced);
                 Ok(())
             }
