@@ -15,8 +15,9 @@ use crate::rules::{Registered, Registration, Standing};
 
 /// Versions of this dialogue that this build speaks, oldest and newest.
 pub const VERSIONS: Versions = Versions {
-    oldest: 1,
-    newest: 2,
+    // Versions 1 and 2 knew no machines: their records and requests are shorter.
+    oldest: 3,
+    newest: 3,
 };
 
 /// From this version on a witness knows [`Ask::Stand`].
@@ -199,6 +200,7 @@ mod tests {
         let registration = Registration {
             pair: PairId([7; 16]),
             side: ax_wire::Side::B,
+            machine: None,
             record: Record::defined(Copies::Both, me),
         };
         Call {

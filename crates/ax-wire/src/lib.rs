@@ -31,7 +31,7 @@ pub mod stream;
 pub mod word;
 
 pub use aligned::PageAligned;
-pub use ids::{EpochId, Generation, Incarnation, PairId, Session, Side};
+pub use ids::{EpochId, Generation, Incarnation, MachineId, PairId, Session, Side};
 
 /// Size of a guest page, bytes. The handshake refuses a host that uses another size.
 pub const PAGE_SIZE: usize = 4096;

@@ -6,13 +6,16 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
+use ax_wire::MachineId;
 use ax_wire::frame::FrameKind;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use subtle::ConstantTimeEq;
 
-use super::{PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode};
+use super::{
+    Before, PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode, nothing,
+};
 use crate::sock::{Timed, linger, poll_until};
 use crate::{Fingerprint, HostName, Identity, LinkError, Stream, TrustStore, message, tls};
 
@@ -30,6 +33,8 @@ pub struct Offer {
     expires: Instant,
     identity: Identity,
     trust: TrustStore,
+    machine: Option<MachineId>,
+    before: Before,
 }
 
 /// What the dialogues share: whether the secret is still worth anything.
@@ -76,7 +81,16 @@ impl Offer {
             expires: Instant::now() + valid_for,
             identity: identity.clone(),
             trust: trust.clone(),
+            machine: None,
+            before: nothing(),
         })
+    }
+
+    /// Says which machine this is; `before` is done with who comes before it is trusted.
+    #[must_use]
+    pub fn doing(mut self, machine: Option<MachineId>, before: Before) -> Offer {
+        (self.machine, self.before) = (machine, before);
+        self
     }
 
     /// The token to show.
@@ -100,6 +114,8 @@ impl Offer {
         let dialogue = Dialogue {
             identity: self.identity,
             trust: self.trust,
+            machine: self.machine,
+            before: self.before,
             secret: Arc::new(Mutex::new(Secret {
                 token: self.token,
                 expires: self.expires,
@@ -144,6 +160,8 @@ impl Offer {
 struct Dialogue {
     identity: Identity,
     trust: TrustStore,
+    machine: Option<MachineId>,
+    before: Before,
     secret: Arc<Mutex<Secret>>,
     results: Sender<Result<Paired, PairError>>,
     wake: Arc<EventFd>,
@@ -270,6 +288,21 @@ impl Dialogue {
                 peer: stream.describe(),
             })?;
         let fingerprint = Fingerprint::of(&cert);
+        let mut paired = Paired {
+            name: name.clone(),
+            fingerprint,
+            machine: request.machine,
+            side: None,
+        };
+        match (self.before)(&paired) {
+            Ok(side) => paired.side = side,
+            Err(why) => {
+                refuse(stream, &why, Instant::now() + DIALOGUE);
+                return Err(PairError::Before(why));
+            }
+        }
+        // That may have taken its time.
+        let deadline = deadline.max(Instant::now() + DIALOGUE);
         let known = self.trust.name_of(&fingerprint).as_ref() == Some(&name);
         if let Err(error) = self.trust.add(&name, &cert) {
             refuse(stream, &error.to_string(), deadline);
@@ -277,13 +310,15 @@ impl Dialogue {
         }
         let reply = encode(&Reply::Paired {
             name: self.identity.name().to_string(),
+            machine: self.machine,
+            side: paired.side,
         })?;
         let kind = FrameKind::Pairing;
         let stored = message::send(stream, kind, &reply, deadline, "take the answer")
             .and_then(|()| message::receive(stream, kind, deadline, "store the certificate"))
             .is_ok_and(|body| body == STORED);
         if stored {
-            return Ok(Paired { name, fingerprint });
+            return Ok(paired);
         }
         if !known {
             self.trust.remove(&name)?;
