@@ -108,5 +108,17 @@ fn a_witness_whose_store_is_wiped_grants_nothing_until_both_hosts_register() {
     for ask in SIDES {
         until_state(&site, ask, "vm", "protected");
     }
-    host_dies(&site, clients);
+    // Wiped once more, with both there: nothing has changed since but the arbiter's name.
+    site.witness().unwrap().kill().unwrap();
+    std::fs::remove_dir_all(site.witness_store()).unwrap();
+    site.start_witness().unwrap();
+    eventually("both have registered and the guest can be moved", || {
+        site.run_axvm(Side::A, &["failover", "vm"]).is_ok()
+    });
+    assert_eq!(site.primary(Side::B, "vm").unwrap(), Some(Side::B));
+    clients.go_on(100);
+    site.host(Side::B).kill_all().unwrap();
+    clients.go_on(100);
+    until_state(&site, Side::A, "vm", "degraded");
+    clients.are_content();
 }

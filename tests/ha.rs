@@ -7,14 +7,17 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::talk::{
-    SIDES, answers, append, assert_stopped, axvm, read, state, text, until_state, vm_processes,
+    SIDES, Talk, answers, append, assert_stopped, axvm, read, state, text, until_state,
+    vm_processes,
 };
 use common::{Clients, GUEST, PATIENCE, QUIET, alone, eventually, patient};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use probe_guest::port;
+use testkit::fault::{Action, Order, Point};
 use testkit::net::addr;
 use testkit::site::{Side, Site, SiteSpec};
-use testkit::{require_kvm, require_lab};
+use testkit::{require_fail_points, require_kvm, require_lab};
 
 /// A site on whose host a the VM `vm` runs in this mode.
 fn running(spec: SiteSpec, mode: &str) -> Site {
@@ -73,6 +76,52 @@ fn a_guest_whose_host_dies_is_started_on_the_other_with_every_acknowledged_recor
     for (number, record) in &kept {
         assert_eq!(&read(&site, number), record);
     }
+}
+
+/// Rule 19: a FLUSH that failed here was not answered, and the other host has every one that was.
+#[test]
+fn a_guest_whose_disk_fails_is_started_on_the_other_host_with_every_acknowledged_record() {
+    require_kvm!();
+    require_lab!();
+    require_fail_points!();
+    let _alone = alone();
+    let site = running(patient(), "ha");
+    let number = |n: u32| (append(&site, &format!("record-{n}")), format!("record-{n}"));
+    let kept: Vec<(String, String)> = (0..20).map(number).collect();
+    let all_kept = || {
+        for (number, record) in &kept {
+            assert_eq!(&read(&site, number), record);
+        }
+    };
+    let points = [Point::ImageRead, Point::ImageWrite, Point::ImageSync];
+    let orders = points.map(|point| Order::new(point, Action::Fail).always());
+    site.order(Side::A, &orders).unwrap();
+    let mut late = Talk::open(&site, GUEST, port::LEDGER, PATIENCE).unwrap();
+    late.patience(Duration::from_secs(1));
+    // Its process hears of the order a moment later.
+    while late.ask("APPEND late").is_ok() {}
+    let since = Instant::now();
+    while runs_on(&site, Side::B) != Some(Side::B) {
+        assert!(since.elapsed() < PATIENCE, "{}", site.logs());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    until_answering(&site);
+    all_kept();
+    let told = site.told(Side::A, "vm", "disk-fails").unwrap();
+    let why = told.last().map(|told| text(&told["why"])).unwrap();
+    assert!(
+        why.contains("vm.img") && why.contains("Input/output"),
+        "{why}"
+    );
+    site.order(Side::A, &[]).unwrap();
+    for side in SIDES {
+        until_state(&site, side, "vm", "protected");
+    }
+    // What came back is a copy to go on from.
+    site.host(Side::B).kill_all().unwrap();
+    until_answering(&site);
+    assert_eq!(runs_on(&site, Side::A), Some(Side::A));
+    all_kept();
 }
 
 /// Outputs do not wait for anybody: it costs what it costs in mode none.

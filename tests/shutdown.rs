@@ -84,10 +84,12 @@ fn when_both_hosts_are_shut_down_the_guest_stops_in_order_and_comes_up_once() {
     let mut site = protected(patient(), &[]);
     site.run_axvm(Side::B, &["autostart", "vm", "on"]).unwrap();
     let record = common::talk::append(&site, "kept");
+    let listens = common::talk::control(&site, common::GUEST, "BUTTON poweroff");
+    assert_eq!(listens.unwrap(), "OK");
     site.run_axvm(Side::B, &["host", "drain"]).unwrap();
     let (code, said, progress) = axvm(&site, Side::A, &["host", "drain", "--timeout", "20"]);
     assert_eq!(code, 0, "{said}{progress}");
-    assert!(progress.contains("stopping vm"), "{progress}");
+    assert!(progress.contains("asked the guest of vm"), "{progress}");
     for side in [Side::A, Side::B] {
         site.host(side).kill_all().unwrap();
     }

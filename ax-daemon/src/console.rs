@@ -93,7 +93,7 @@ impl Daemon {
                     Ok((offset, ours))
                 }
                 Ok((_, Reply::Refused { why })) => Err(Failure::new(Code::State, why)),
-                Ok((_, Reply::Status(_) | Reply::Done | Reply::Word { .. })) => Err(Failure::new(
+                Ok(_) => Err(Failure::new(
                     Code::Failed,
                     "the VM's process gave an unexpected answer",
                 )),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ax_api::host::{Code, MAX_LINE};
-use ax_api::process::{Reply, Request, Status};
+use ax_api::process::{NO_REQUEST, Press, Reply, Request, Status};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{
@@ -18,6 +18,9 @@ use crate::failure::Failure;
 
 /// How long a process may take to answer an ordinary question.
 pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long it may take to press a guest's power button: orders wait for what is being done.
+const PRESS: Duration = Duration::from_secs(10);
 
 /// Reads one line of JSON; none at the end of the stream.
 ///
@@ -124,8 +127,29 @@ pub async fn status(socket: &Path) -> std::io::Result<Status> {
 pub async fn order(socket: &Path, request: &Request, patience: Duration) -> Result<(), Failure> {
     let answer = async { Connection::open(socket).await?.ask(request, patience).await };
     match answer.await {
-        Ok(Reply::Done | Reply::Status(_) | Reply::Console { .. } | Reply::Word { .. }) => Ok(()),
+        Ok(Reply::Refused { why }) if why.starts_with(NO_REQUEST) => Err(Failure::new(
+            Code::State,
+            format!(
+                "the VM's process does not know this: it is of an earlier build, and gets that of this axd when it \
+                 is started anew ({why})"
+            ),
+        )),
         Ok(Reply::Refused { why }) => Err(Failure::new(Code::State, why)),
+        Ok(_) => Ok(()),
         Err(e) => Err(Failure::io("the VM's process does not answer", &e)),
+    }
+}
+
+/// Presses the power button of the guest of the process at `socket`.
+///
+/// # Errors
+/// It has none, or does not answer in time.
+pub async fn press(socket: &Path) -> std::io::Result<Press> {
+    let mut connection = Connection::open(socket).await?;
+    match connection.ask(&Request::PowerButton, PRESS).await? {
+        Reply::Button { press } => Ok(press),
+        other => Err(std::io::Error::other(format!(
+            "answered {other:?} to a press of the power button"
+        ))),
     }
 }

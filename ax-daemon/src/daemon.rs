@@ -524,8 +524,15 @@ impl Daemon {
                 self.accepted.lock().remove(&name);
                 done(started?)
             }
-            Request::Stop { name, force: false } => done(self.stop(&name, asker, tell).await?),
-            Request::Stop { name, force: true } => done(self.stop_by_force(&name, asker).await?),
+            Request::Stop {
+                name, force: true, ..
+            } => done(self.stop_by_force(&name, asker).await?),
+            Request::Stop {
+                name, timeout_s, ..
+            } => {
+                let patience = Duration::from_secs(timeout_s);
+                done(self.stop(&name, patience, asker, tell).await?)
+            }
             Request::SetMode { name, mode, wait } => {
                 done(self.set_mode(&name, mode, wait, asker, tell).await?)
             }

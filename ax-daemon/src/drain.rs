@@ -7,7 +7,8 @@
 //!   protected                   moved by planned failover; mode ha: stopped here, started there
 //!   about to be protected       waited for, then moved
 //!   neither, or both hosts are shut down
-//!                               stopped in order; with autostart it comes up at the next boot
+//!                               stopped, all at once, its guest asked first; with autostart it comes up at
+//!                               the next boot
 //! ```
 //! The maintenance belongs to this boot of the host and is over at the next one. A restart of axd alone neither
 //! begins nor ends it.
@@ -18,6 +19,7 @@ use std::time::Duration;
 use ax_api::host::Code;
 use ax_api::process::{self, Phase, Role, Status};
 use ax_api::vm::Mode;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::control;
@@ -27,6 +29,7 @@ use crate::journal::boot_id;
 use crate::maintenance::Maintenance;
 use crate::ops::ORDERLY;
 use crate::process::Process;
+use crate::stop;
 
 /// How often what is left is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -128,6 +131,7 @@ impl Daemon {
             let (mut left, mut stay) = (vec![], vec![]);
             let takes = self.peer_takes_vms().await;
             let hope = Instant::now() < hope_until;
+            let mut stops = JoinSet::new();
             for process in self.processes() {
                 let status = process.status().await;
                 match &status {
@@ -136,14 +140,27 @@ impl Daemon {
                         let looked_for = self.config.reprotect
                             && !self.unprotected.lock().contains_key(&process.name);
                         let step = step(status.mode, &status.phase, takes, hope && looked_for);
-                        let done = self.take(step, &process, status, stopped, tell).await;
-                        match done {
+                        if step == Step::Stop {
+                            let (daemon, tell) = (self.clone(), tell.clone());
+                            let stop =
+                                daemon.stop_for_shutdown(process.name.clone(), deadline, tell);
+                            stops.spawn(stop);
+                            continue;
+                        }
+                        match self.take(step, &process, status, tell).await {
                             Ok(true) => {}
                             Ok(false) => left.push(process.name.clone()),
                             Err(failure) => stay.push(format!("{} ({failure})", process.name)),
                         }
                     }
                     None => stay.push(format!("{} (does not answer)", process.name)),
+                }
+            }
+            while let Some(joined) = stops.join_next().await {
+                match joined {
+                    Ok(Ok(name)) => stopped.push(name),
+                    Ok(Err((name, failure))) => stay.push(format!("{name} ({failure})")),
+                    Err(e) => stay.push(e.to_string()),
                 }
             }
             if left.is_empty() && stay.is_empty() {
@@ -171,12 +188,11 @@ impl Daemon {
         step: Step,
         process: &Arc<Process>,
         status: &Status,
-        stopped: &mut Vec<String>,
         tell: &Tell,
     ) -> Result<bool, Failure> {
         let name = process.name.as_str();
         let text = match step {
-            Step::Wait | Step::Leave => return Ok(false),
+            Step::Wait | Step::Leave | Step::Stop => return Ok(false),
             Step::Unpause => {
                 control::order(&process.control, &process::Request::Resume, ORDERLY).await?;
                 "not paused any more"
@@ -186,15 +202,31 @@ impl Daemon {
                 self.move_away(process, status, tell).await?;
                 "moved away"
             }
-            Step::Stop => {
-                self.stop(name, Asker::Peer, tell).await?;
-                stopped.push(name.to_owned());
-                "stopped"
-            }
         };
         let text = format!("{text}: its host is being shut down");
         self.events.note(Some(name), text);
         Ok(step != Step::Unpause)
+    }
+
+    /// Stops a VM that can't be moved. Its guest has half of what is left to shut itself down, so that there
+    /// is time to stop it all the same.
+    async fn stop_for_shutdown(
+        self: Arc<Self>,
+        name: String,
+        deadline: Instant,
+        tell: Tell,
+    ) -> Result<String, (String, Failure)> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let patience = stop::PATIENCE.min(left / 2);
+        let done = self.stop(&name, patience, Asker::Peer, &tell).await;
+        match stop::stopped_in_any_way(done) {
+            Ok(()) => {
+                let text = "stopped: its host is being shut down";
+                self.events.note(Some(&name), text);
+                Ok(name)
+            }
+            Err(failure) => Err((name, failure)),
+        }
     }
 
     fn not_empty(&self, what: &str) -> Failure {

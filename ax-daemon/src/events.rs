@@ -142,7 +142,7 @@ fn note_last(last: &mut HashMap<Incarnation, u64>, event: &HostEvent) {
         HostWhat::Exited { incarnation, .. } => {
             last.remove(incarnation);
         }
-        HostWhat::Note { .. } => {}
+        HostWhat::Note { .. } | HostWhat::Other => {}
     }
 }
 

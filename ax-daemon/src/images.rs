@@ -7,8 +7,9 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ax_api::host::Code;
+use ax_api::process::Start;
 use ax_api::units::Bytes;
-use ax_api::vm::Vm;
+use ax_api::vm::{Mode, Vm};
 
 use crate::config::Config;
 use crate::failure::Failure;
@@ -22,16 +23,31 @@ pub fn fresh_marker(config: &Config, vm: &str, index: usize) -> PathBuf {
         .join(format!("disk{index}.fresh"))
 }
 
-/// Makes the absent images of `vm` and checks the others. Returns what was made, markers included.
+/// What `ax-vmm` knows durably of disk `index` here: it is there once the VM has had that disk on this host.
+fn facts(config: &Config, vm: &str, index: usize) -> PathBuf {
+    let state = config.vm_dir(vm).join("state");
+    state.join(format!("disk{index}.meta"))
+}
+
+/// Makes the absent images of `vm` and checks the others. Returns what was made, with the files that are about
+/// it alone.
+///
+/// A guest is not booted from an image made in the place of one that is gone (I4): its copy on the other
+/// host may be all there is, and would be overwritten.
 ///
 /// # Errors
-/// An image has another size or cannot be made; what was made is removed again.
-pub fn prepare(config: &Config, vm: &Vm) -> Result<Vec<PathBuf>, Failure> {
+/// An image has another size, cannot be made, or is gone; what was made is removed again.
+pub fn prepare(config: &Config, vm: &Vm, start: Start) -> Result<Vec<PathBuf>, Failure> {
     let mut made = vec![];
     for (index, disk) in vm.disks.iter().enumerate() {
         let path = config.image_path(&disk.path);
         let marker = fresh_marker(config, &vm.name, index);
-        if let Err(failure) = prepare_one(&path, disk.size, &marker, &mut made) {
+        let facts = facts(config, &vm.name, index);
+        let prepared = match start == Start::Boot && facts.exists() && is_absent(&path) {
+            true => Err(gone(&path, &facts, vm)),
+            false => prepare_one(&path, disk.size, [&marker, &facts], &mut made),
+        };
+        if let Err(failure) = prepared {
             remove(&made);
             return Err(failure);
         }
@@ -39,10 +55,29 @@ pub fn prepare(config: &Config, vm: &Vm) -> Result<Vec<PathBuf>, Failure> {
     Ok(made)
 }
 
+fn is_absent(path: &Path) -> bool {
+    std::fs::metadata(path).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+}
+
+fn gone(path: &Path, facts: &Path, vm: &Vm) -> Failure {
+    let elsewhere = match vm.mode {
+        Mode::None => "",
+        Mode::Ft | Mode::Ha => " or start it on the other host, from where it is copied here,",
+    };
+    let why = format!(
+        "disk image {} is gone, and {} had its data in it: put it back,{elsewhere} or, for an empty \
+         disk in its place, remove {} first",
+        path.display(),
+        vm.name,
+        facts.display()
+    );
+    Failure::new(Code::Image, why)
+}
+
 fn prepare_one(
     path: &Path,
     size: u64,
-    marker: &Path,
+    [marker, facts]: [&Path; 2],
     made: &mut Vec<PathBuf>,
 ) -> Result<(), Failure> {
     let image =
@@ -70,6 +105,9 @@ fn prepare_one(
                     .mode(0o600)
                     .open(path)?;
                 made.push(path.to_path_buf());
+                if !facts.exists() {
+                    made.push(facts.to_path_buf());
+                }
                 file.set_len(size)?;
                 file.sync_all()
             };
@@ -82,8 +120,12 @@ fn prepare_one(
 /// Removes what [`prepare`] made, and nothing else.
 pub fn remove(made: &[PathBuf]) {
     for path in made {
-        if let Err(e) = std::fs::remove_file(path) {
-            tracing::warn!("cannot remove {}: {e}", path.display());
+        match std::fs::remove_file(path) {
+            // Facts are written by a process that may not have come to that.
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!("cannot remove {}: {e}", path.display());
+            }
+            _ => {}
         }
     }
 }
@@ -91,7 +133,7 @@ pub fn remove(made: &[PathBuf]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ax_api::vm::{Boot, DirtySource, Disk, Mode, Secondary};
+    use ax_api::vm::{Boot, DirtySource, Disk, Secondary};
     use ax_wire::PairId;
 
     fn host(dir: &Path) -> Config {
@@ -130,11 +172,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = host(dir.path());
         let vm = vm(&[Path::new("web.img")]);
-        let made = prepare(&config, &vm).unwrap();
+        let made = prepare(&config, &vm, Start::Boot).unwrap();
         let image = dir.path().join("images/web.img");
         assert_eq!(std::fs::metadata(&image).unwrap().len(), 1 << 20);
         assert!(fresh_marker(&config, "web", 0).exists());
-        assert!(prepare(&config, &vm).unwrap().is_empty());
+        assert!(prepare(&config, &vm, Start::Boot).unwrap().is_empty());
         remove(&made);
         assert!(!image.exists() && !fresh_marker(&config, "web", 0).exists());
     }
@@ -145,10 +187,34 @@ mod tests {
         let config = host(dir.path());
         let other = dir.path().join("other.img");
         std::fs::write(&other, b"precious").unwrap();
-        let failure = prepare(&config, &vm(&[Path::new("web.img"), &other])).unwrap_err();
+        let failure =
+            prepare(&config, &vm(&[Path::new("web.img"), &other]), Start::Boot).unwrap_err();
         assert_eq!(failure.code, Code::Image);
         assert!(failure.why.contains("other.img") && failure.why.contains("8 bytes"));
         assert!(!dir.path().join("images/web.img").exists());
         assert_eq!(std::fs::read(&other).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_guest_is_not_booted_in_the_place_of_an_image_that_is_gone_but_may_be_copied_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = host(dir.path());
+        let vm = vm(&[Path::new("web.img")]);
+        prepare(&config, &vm, Start::Boot).unwrap();
+        let (image, facts) = (dir.path().join("images/web.img"), facts(&config, "web", 0));
+        std::fs::write(&facts, b"facts").unwrap();
+        std::fs::remove_file(&image).unwrap();
+        let failure = prepare(&config, &vm, Start::Boot).unwrap_err();
+        assert_eq!(failure.code, Code::Image);
+        for named in [&image, &facts] {
+            let named = named.display().to_string();
+            assert!(failure.why.contains(&named), "{}", failure.why);
+        }
+        assert!(!image.exists());
+        // A copy that comes to nothing leaves it as it was.
+        remove(&prepare(&config, &vm, Start::Shadow).unwrap());
+        prepare(&config, &vm, Start::Boot).unwrap_err();
+        prepare(&config, &vm, Start::Shadow).unwrap();
+        assert!(image.exists());
     }
 }

@@ -19,7 +19,7 @@
 //!   nothing, on this host and the other. [`again`]: a shadow for a guest that lost its own;
 //!   [`home`]: back to the host it prefers.
 //!   [`mode`]: another protection for one that runs. [`ha`]: restarted
-//!   here, and room for those of the other host. [`ops`]: the rest.
+//!   here, and room for those of the other host. [`stop`]: the guest is asked first. [`ops`]: the rest.
 //!   [`console`], [`events`], [`autostart`]. [`maintenance`]: the hosts, and one out of service; [`drain`]: one about to be shut down. [`word`]: what this host says of a pair's record.
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
@@ -52,6 +52,7 @@ pub mod selfcheck;
 pub mod server;
 pub mod shadow;
 pub mod start;
+pub mod stop;
 pub mod store;
 pub mod supervise;
 pub mod sync;

@@ -22,6 +22,7 @@ use crate::daemon::{Asker, Daemon, Tell};
 use crate::failure::Failure;
 use crate::ops::ORDERLY;
 use crate::process::Process;
+use crate::stop;
 use crate::store::write_atomic;
 
 /// How long a VM that was moved away may take to be protected again before it stays where it is.
@@ -101,6 +102,7 @@ impl Daemon {
             host: self.config.name.clone(),
             reachable: true,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            wire: ax_wire::Versions::ours().newest().number(),
             maintenance: self.in_maintenance(),
             shutting_down: self.is_shutting_down(),
             memory: crate::daemon::memory(),
@@ -272,7 +274,8 @@ impl Daemon {
                 let peer = self.peer()?.clone();
                 // Nothing is stopped that could not be started there.
                 peer.processes().await?;
-                self.stop(name, Asker::Peer, tell).await?;
+                let stopped = self.stop(name, stop::PATIENCE, Asker::Peer, tell).await;
+                stop::stopped_in_any_way(stopped)?;
                 let start = Request::Start {
                     name: name.to_owned(),
                     define: None,

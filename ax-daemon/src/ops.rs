@@ -3,23 +3,18 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use ax_api::host::{Code, Definition, HostEvent, NewVm, PeerRequest, Reply, Request};
+use ax_api::host::{Code, Definition, HostEvent, NewVm, Reply, Request};
 use ax_api::process::{self, Role};
-use ax_wire::Generation;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 
 use crate::control;
 use crate::daemon::{Asker, Daemon, Tell};
 use crate::define;
 use crate::failure::Failure;
-use crate::process::Process;
 
 /// How long an orderly stop, or a planned failover, may take.
 pub(crate) const ORDERLY: Duration = Duration::from_secs(60);
-/// How long the processes of a stopped VM may take to be gone.
-const GOING: Duration = Duration::from_secs(10);
 
 impl Daemon {
     /// Defines a VM, or changes one that runs nowhere.
@@ -184,131 +179,6 @@ impl Daemon {
         );
         self.events.note(Some(name), format!("operator: {text}"));
         Ok(text)
-    }
-
-    /// Stops a VM in order, on whichever host it runs, and waits until its processes are gone.
-    ///
-    /// # Errors
-    /// It does not run, or refuses.
-    pub async fn stop(
-        self: &Arc<Self>,
-        name: &str,
-        asker: Asker,
-        tell: &Tell,
-    ) -> Result<String, Failure> {
-        let vm = self.store.vm(name)?;
-        let Some((process, Some(Role::Primary))) = self.local_role(name).await else {
-            let request = Request::Stop {
-                name: name.to_owned(),
-                force: false,
-            };
-            let text = self
-                .forward_or_not_running(name, request, asker, tell)
-                .await?;
-            self.mark_stopped(name);
-            self.until_gone_here(name).await;
-            return Ok(text);
-        };
-        let _claim = self.claim(name).await?;
-        tell.progress(format!("stopping {name}"));
-        control::order(&process.control, &process::Request::Stop, ORDERLY).await?;
-        self.mark_stopped_on_both(name).await;
-        self.until_gone(&process).await;
-        // The other side exits by the same record; if it does not, it is ended: the record says
-        // stopped, so nothing can be lost. A user's axd there waits for its own.
-        if let Some(peer) = &self.peer
-            && vm.mode != ax_api::vm::Mode::None
-        {
-            let pair = vm.pair.to_string();
-            let deadline = Instant::now() + GOING;
-            while let Ok(theirs) = peer.processes().await
-                && theirs.iter().any(|p| p.pair == pair)
-            {
-                if Instant::now() > deadline {
-                    let generation = Generation(u64::MAX);
-                    let _ = peer.call(PeerRequest::Fence { pair, generation }).await;
-                    break;
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        }
-        self.events.note(Some(name), "operator: stopped");
-        Ok(format!("{name} is stopped"))
-    }
-
-    async fn until_gone(&self, process: &Arc<Process>) {
-        if tokio::time::timeout(GOING, process.wait()).await.is_err() {
-            process.kill_and_wait().await;
-        }
-        self.let_go(process);
-    }
-
-    async fn until_gone_here(&self, name: &str) {
-        if let Some(process) = self.process(name) {
-            self.until_gone(&process).await;
-        }
-    }
-
-    /// Ends a VM's processes on both hosts at once, without a record.
-    ///
-    /// # Errors
-    /// There is no such VM, or nothing of it runs on a host that answers.
-    pub async fn stop_by_force(
-        self: &Arc<Self>,
-        name: &str,
-        asker: Asker,
-    ) -> Result<String, Failure> {
-        let vm = self.store.vm(name)?;
-        self.mark_stopped(name);
-        let local = self.local_role(name).await;
-        let here_first = matches!(&local, Some((_, Some(Role::Shadow))));
-        let end_here = async {
-            if let Some((process, _)) = &local {
-                process.kill_and_wait().await;
-                self.let_go(process);
-            }
-        };
-        let end_there = async {
-            match (asker, &self.peer) {
-                (Asker::User, Some(peer)) if vm.mode != ax_api::vm::Mode::None => {
-                    let request = Request::Stop {
-                        name: name.to_owned(),
-                        force: true,
-                    };
-                    match peer.forward(request, None).await {
-                        Ok(_) => Some(Ok(())),
-                        Err(failure) if matches!(failure.code, Code::State | Code::NoSuchVm) => {
-                            None
-                        }
-                        Err(failure) => Some(Err(failure)),
-                    }
-                }
-                _ => None,
-            }
-        };
-        // The shadow first: with its primary gone it might take over.
-        let there = if here_first {
-            end_here.await;
-            end_there.await
-        } else {
-            let there = end_there.await;
-            end_here.await;
-            there
-        };
-        match (local.is_some(), there) {
-            (false, None) => Err(self.does_not_run(name)),
-            (false, Some(Err(failure))) => Err(failure),
-            (true, Some(Err(failure))) => Ok(format!(
-                "the process of {name} on {} is ended; what runs on the other host is not known: {failure}",
-                self.config.name
-            )),
-            (_, Some(Ok(())) | None) => {
-                self.events.note(Some(name), "operator: stopped by force");
-                Ok(format!(
-                    "{name} is ended, without a record of an orderly stop"
-                ))
-            }
-        }
     }
 
     /// Simulated fault: SIGKILL to the primary's process, or to the one on `host`.

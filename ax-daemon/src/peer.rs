@@ -11,6 +11,7 @@ use std::time::Duration;
 use ax_api::host::{Code, MAX_LINE, PeerReport, PeerRequest, ProcessReport, Reply, Request};
 use ax_api::report::HostPath;
 use ax_link::{AddressPair, Connector, HostName, Preamble, Security, Stream};
+use ax_wire::version::Lacks;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -27,6 +28,9 @@ pub const SILENCE: Duration = Duration::from_secs(5);
 pub const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// How long opening a connection may take.
 const OPENING: Duration = Duration::from_secs(2);
+/// How long it may take while the last attempt of any kind has failed, so that nobody waits for a dead host
+/// with every question. [`PeerLink::try_path`] goes on with [`OPENING`], and ends this.
+const OPENING_AGAIN: Duration = Duration::from_millis(500);
 /// How long a console's thread waits for bytes of one direction before it looks at the other.
 const TURN: Duration = Duration::from_millis(10);
 
@@ -35,6 +39,8 @@ pub struct PeerLink {
     host: String,
     name: String,
     connector: Connector,
+    /// The same, less patient.
+    again: Connector,
     /// What was last known of it: reachable, or why not. None before the first try.
     state: Mutex<Option<Result<(), String>>>,
     /// Each of its addresses, how it is and the way there.
@@ -53,11 +59,13 @@ impl PeerLink {
             .parse()
             .map_err(|e: ax_link::NameError| Failure::new(Code::Usage, e.to_string()))?;
         let connector = Connector::new(security, paths.collect(), Some(expected)).timeout(OPENING);
+        let again = connector.clone().timeout(OPENING_AGAIN);
         let ways = connector.each().into_iter();
         Ok(PeerLink {
             host: config.name.clone(),
             name: peer.name.clone(),
             connector,
+            again,
             state: Mutex::new(None),
             paths: ways
                 .map(|(address, way)| (Mutex::new(Path::new(address)), way))
@@ -105,6 +113,9 @@ impl PeerLink {
     /// What came of [`PeerLink::try_path`]; the line for the operator, if it is news.
     pub fn path_tried(&self, path: usize, outcome: Result<(), String>) -> Option<String> {
         let (path, _) = self.paths.get(path)?;
+        if outcome.is_ok() {
+            *self.state.lock() = Some(Ok(()));
+        }
         path.lock().tried(outcome, &self.name)
     }
 
@@ -245,14 +256,19 @@ impl PeerLink {
                 format!("host {} does not answer: {why}", self.name),
             )
         };
-        let stream = self
-            .connector
+        let connector = match &*self.state.lock() {
+            Some(Err(_)) => &self.again,
+            Some(Ok(())) | None => &self.connector,
+        };
+        let stream = connector
             .open(Preamble::rpc())
             .map_err(|e| away(crate::failure::chain(&e)))?;
         stream
             .set_read_timeout(Some(SILENCE))
             .and_then(|()| stream.set_write_timeout(Some(SILENCE)))
             .map_err(|e| away(e.to_string()))?;
+        let lacks = |e: Lacks| Failure::new(Code::Peer, format!("host {}: {e}", self.name));
+        stream.version().has(request).map_err(lacks)?;
         let mut stream = BufReader::new(stream);
         write_line(stream.get_mut(), request).map_err(|e| away(e.to_string()))?;
         loop {

@@ -90,6 +90,8 @@ pub struct Process {
     primary: AtomicBool,
     /// axd has ended it.
     meant: AtomicBool,
+    /// Why it said that it ends, and whether the record says stopped in order.
+    told_end: parking_lot::Mutex<Option<(String, bool)>>,
     pidfd: Arc<OwnedFd>,
     exit: watch::Receiver<Option<Exit>>,
     log: PathBuf,
@@ -180,6 +182,7 @@ impl Process {
             control: places.control.clone(),
             primary: AtomicBool::new(false),
             meant: AtomicBool::new(false),
+            told_end: parking_lot::Mutex::new(None),
             exit: watch_exit(pidfd.clone()),
             pidfd,
             log,
@@ -265,6 +268,7 @@ impl Process {
             control: places.control.clone(),
             primary: AtomicBool::new(false),
             meant: AtomicBool::new(false),
+            told_end: parking_lot::Mutex::new(None),
             exit: watch_exit(pidfd.clone()),
             pidfd,
             log,
@@ -280,6 +284,16 @@ impl Process {
     /// Whether axd has ended it: nobody misses it.
     pub fn was_ended(&self) -> bool {
         self.meant.load(Ordering::Relaxed)
+    }
+
+    /// Notes what it said of its end.
+    pub fn tells_end(&self, why: &str, clean: bool) {
+        *self.told_end.lock() = Some((why.to_owned(), clean));
+    }
+
+    /// Why it said that it ends, and whether the record says stopped in order; none if it did not say.
+    pub fn told_end(&self) -> Option<(String, bool)> {
+        self.told_end.lock().clone()
     }
 
     /// Whether it was ever the primary.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use ax_api::host::Code;
 use ax_link::{Acceptor, HostName, Identity, Security, TrustStore};
+use ax_wire::Versions;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
@@ -140,9 +141,14 @@ pub fn run(mut config: Config) -> Result<(), Failure> {
         tokio::spawn(daemon.clone().keep_home());
         daemon.end_shutdown();
         daemon.begin_autostart();
-        daemon
-            .events
-            .note(None, format!("axd {} is up", env!("CARGO_PKG_VERSION")));
+        daemon.events.note(
+            None,
+            format!(
+                "axd {} is up, {}",
+                env!("CARGO_PKG_VERSION"),
+                Versions::ours()
+            ),
+        );
         if daemon.peer.is_some()
             && let Some(warning) = daemon.config.arbiter.warning()
         {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use ax_api::host::{Code, PeerRequest, Reply, Request};
 use ax_link::{Acceptor, Channel, Incoming, Stream};
+use ax_wire::Versions;
 use tokio::io::BufReader;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Handle;
@@ -85,8 +86,7 @@ async fn serve_user(daemon: Arc<Daemon>, stream: UnixStream) -> std::io::Result<
         Ok(Some(request)) => request,
         Ok(None) => return Ok(()),
         Err(e) => {
-            let failure = Failure::new(Code::Usage, format!("request {e}"));
-            return control::write_line(&mut to, &failure.into_reply()).await;
+            return control::write_line(&mut to, &unknown(&e).into_reply()).await;
         }
     };
     if let Request::Console { name, from: offset } = &request {
@@ -111,6 +111,17 @@ async fn serve_user(daemon: Arc<Daemon>, stream: UnixStream) -> std::io::Result<
         control::write_line(&mut to, &line).await?;
     }
     answer.await.map_err(std::io::Error::other)
+}
+
+/// The answer to a line that is no request, or none that this build knows.
+fn unknown(error: &std::io::Error) -> Failure {
+    let why = format!(
+        "request {error}; if it is of a later build than this axd ({}, {}), upgrade this one, or restart it \
+         if its program has been upgraded",
+        env!("CARGO_PKG_VERSION"),
+        Versions::ours()
+    );
+    Failure::new(Code::Usage, why)
 }
 
 /// Serves the other host on the acceptor's connections; blocks until it is stopped.
@@ -169,8 +180,13 @@ fn serve_one(daemon: &Arc<Daemon>, stream: Stream, runtime: &Handle) -> std::io:
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))?;
     let mut stream = BlockingReader::new(stream);
-    let Some(request) = peer::read_line::<PeerRequest>(&mut stream)? else {
-        return Ok(());
+    let request = match peer::read_line::<PeerRequest>(&mut stream) {
+        Ok(Some(request)) => request,
+        Ok(None) => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+            return peer::write_line(stream.get_mut(), &unknown(&e).into_reply());
+        }
+        Err(e) => return Err(e),
     };
     if let PeerRequest::Forward {
         request: Request::Console { name, from },

@@ -51,7 +51,7 @@ impl Daemon {
             ));
         }
         let mut made = self.supersede(&name).await;
-        match images::prepare(&self.config, &vm) {
+        match images::prepare(&self.config, &vm, Start::Shadow) {
             Ok(new) => made.extend(new),
             Err(failure) => {
                 images::remove(&made);

@@ -214,7 +214,7 @@ impl Daemon {
         tell: &Tell,
     ) -> Result<String, Failure> {
         let here = &self.config.name;
-        made.images = images::prepare(&self.config, vm).map_err(|f| f.at(here))?;
+        made.images = images::prepare(&self.config, vm, Start::Boot).map_err(|f| f.at(here))?;
         if vm.mode == Mode::None {
             tell.progress(format!("starting {} on {here}", vm.name));
             let primary = self.spawn(vm, Start::Boot).await.map_err(|f| f.at(here))?;

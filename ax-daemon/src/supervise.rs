@@ -111,7 +111,10 @@ impl Daemon {
                 *lost = false;
                 tokio::spawn(self.clone().fence(process.clone(), *generation));
             }
-            What::Ended { clean: true, .. } => *clean = true,
+            What::Ended { why, clean: ended } => {
+                process.tells_end(why, *ended);
+                *clean |= *ended;
+            }
             _ => {}
         }
         let what = HostWhat::Process {

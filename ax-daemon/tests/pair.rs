@@ -25,6 +25,7 @@ fn stop(name: &str, force: bool) -> Request {
     Request::Stop {
         name: name.into(),
         force,
+        timeout_s: 60,
     }
 }
 

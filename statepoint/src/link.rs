@@ -7,7 +7,7 @@ use std::io::{self, BufReader, Read, Write};
 use std::sync::Arc;
 
 use ax_wire::stream::{FrameError, FrameKind, HEADER, Header, MAX_PAYLOAD};
-use ax_wire::{EpochId, Session};
+use ax_wire::{EpochId, Session, Version};
 
 /// Ends both connections at once: every blocked read and write on them returns an error soon. Called
 /// from any thread, more than once.
@@ -19,6 +19,8 @@ pub struct PrimaryLink {
     pub forward: Box<dyn Write + Send>,
     /// Read by the primary.
     pub backward: Box<dyn Read + Send>,
+    /// What is spoken on both.
+    pub version: Version,
     /// Ends both.
     pub close: Closer,
 }
@@ -29,6 +31,8 @@ pub struct ShadowLink {
     pub forward: Box<dyn Read + Send>,
     /// Written by the shadow.
     pub backward: Box<dyn Write + Send>,
+    /// What is spoken on both.
+    pub version: Version,
     /// Ends both.
     pub close: Closer,
 }
@@ -65,6 +69,7 @@ pub(crate) struct FrameWriter {
     out: Box<dyn Write + Send>,
     buf: Vec<u8>,
     session: Session,
+    version: Version,
     number: u32,
     /// Bytes written in all.
     pub(crate) written: u64,
@@ -74,11 +79,16 @@ pub(crate) struct FrameWriter {
 const FLUSH_AT: usize = 256 << 10;
 
 impl FrameWriter {
-    pub(crate) fn new(out: Box<dyn Write + Send>, session: Session) -> FrameWriter {
+    pub(crate) fn new(
+        out: Box<dyn Write + Send>,
+        session: Session,
+        version: Version,
+    ) -> FrameWriter {
         FrameWriter {
             out,
             buf: Vec::with_capacity(FLUSH_AT + HEADER + MAX_PAYLOAD),
             session,
+            version,
             number: 0,
             written: 0,
         }
@@ -107,6 +117,7 @@ impl FrameWriter {
         fill(&mut self.buf);
         let payload = self.buf.get(start + HEADER..).unwrap_or_default();
         let header = Header {
+            version: self.version,
             kind,
             session: self.session,
             epoch,
@@ -142,13 +153,15 @@ impl FrameWriter {
 /// Reads frames in order.
 pub(crate) struct FrameReader {
     from: BufReader<Box<dyn Read + Send>>,
+    version: Version,
     number: u32,
 }
 
 impl FrameReader {
-    pub(crate) fn new(from: Box<dyn Read + Send>) -> FrameReader {
+    pub(crate) fn new(from: Box<dyn Read + Send>, version: Version) -> FrameReader {
         FrameReader {
             from: BufReader::with_capacity(64 << 10, from),
+            version,
             number: 0,
         }
     }
@@ -157,7 +170,7 @@ impl FrameReader {
     pub(crate) fn header(&mut self) -> Result<Header, LinkError> {
         let mut bytes = [0; HEADER];
         self.from.read_exact(&mut bytes)?;
-        let header = Header::parse(&bytes)?;
+        let header = Header::parse(&bytes, self.version)?;
         if header.number != self.number {
             return Err(FrameError::Number {
                 expected: self.number,

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use ax_wire::resync::MAX_ANSWER;
 use ax_wire::stream::{FrameError, FrameKind, HEADER, Header, MAX_PAYLOAD, run_header};
-use ax_wire::{EpochId, Generation, PAGE_SIZE};
+use ax_wire::{EpochId, Generation, PAGE_SIZE, WIRE_VERSION};
 use sim::cable::{Fault, Meter, Tape, cable};
 use sim::{Pair, Rng, session, until};
 use statepoint::link::{LinkError, PrimaryLink, ShadowLink};
@@ -27,7 +27,7 @@ struct Frame {
 fn frames(mut bytes: &[u8]) -> Vec<Frame> {
     let mut frames = vec![];
     while let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() {
-        let header = Header::parse(header).unwrap();
+        let header = Header::parse(header, WIRE_VERSION).unwrap();
         let Some((payload, rest)) = rest.split_at_checked(header.len) else {
             break;
         };
@@ -91,6 +91,7 @@ fn play(guest: &Pair, bytes: Vec<u8>) -> (ShadowError, Option<EpochId>) {
     let link = ShadowLink {
         forward: Box::new(Tape(Cursor::new(bytes))),
         backward: Box::new(std::io::sink()),
+        version: WIRE_VERSION,
         close: Arc::new(|| {}),
     };
     let error = fresh.shadow.run(link);
@@ -351,6 +352,7 @@ fn questions_about_disks_that_are_not_there_or_not_due_are_refused() {
 fn answers_about_disks_that_nobody_asked_for_are_refused() {
     let frame = |kind, payload: Vec<u8>| Frame {
         header: Header {
+            version: WIRE_VERSION,
             kind,
             session: session(sim::B.incarnation, 1),
             epoch: EpochId(0),
@@ -378,6 +380,7 @@ fn answers_about_disks_that_nobody_asked_for_are_refused() {
         let error = pair.primary.run(PrimaryLink {
             forward: Box::new(std::io::sink()),
             backward: Box::new(backward),
+            version: WIRE_VERSION,
             close: Arc::new(move || {
                 let _ = hold.shutdown(std::net::Shutdown::Both);
             }),

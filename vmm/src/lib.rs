@@ -44,6 +44,6 @@ pub use config::{BootConfig, DirtyTracking, Image, MachineConfig, NicConfig};
 pub use devices::{Ports, RxOutcome};
 pub use error::{Error, Result};
 pub use handle::{MachineHandle, Stats};
-pub use machine::{Machine, Parking};
+pub use machine::{Machine, Parking, Press};
 pub use memory::{GuestMemory, RamRegion};
 pub use vcpu::RingFull;

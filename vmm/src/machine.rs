@@ -33,6 +33,17 @@ enum Phase {
     Running,
 }
 
+/// What came of a press of the power button.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Press {
+    /// The guest listens and is told.
+    Pressed,
+    /// The guest has not enabled the button's event: it would not notice.
+    NobodyListens,
+    /// The machine is paused or was not started: it can't answer.
+    StandsStill,
+}
+
 /// A virtual machine. Owned by one thread, which captures or restores it; see the crate's
 /// documentation for the order of calls.
 pub struct Machine {
@@ -172,9 +183,22 @@ impl Machine {
     }
 
     fn load_kernel(&self) -> Result<()> {
-        let words = self.parts.devices.cmdline();
+        let devices = &self.parts.devices;
+        let windows = devices.wires().iter().map(|wire| boot::Window {
+            base: wire.base,
+            size: wire.size,
+            gsi: wire.gsi,
+        });
+        let windows: Vec<_> = windows.collect();
         let (memory, config) = (self.parts.ram.memory(), &self.config);
-        let entry = boot::load(memory, config.memory, &config.boot, &words, config.vcpus)?;
+        let entry = boot::load(
+            memory,
+            config.memory,
+            &config.boot,
+            &devices.cmdline(),
+            &windows,
+            config.vcpus,
+        )?;
         match self.vm()?.vcpus.first() {
             Some(vcpu) => boot::set_registers(&vcpu.core.lock().fd, entry),
             None => Err(Error::VcpuGone),
@@ -334,6 +358,16 @@ impl Machine {
                 self.phase = Phase::Running;
                 Ok(())
             }
+        }
+    }
+
+    /// Presses the guest's power button. Pressed again before the guest has seen it, it is one press; a
+    /// press that is in no committed epoch is lost when the guest goes on elsewhere.
+    pub fn press_power_button(&self) -> Press {
+        match self.phase {
+            Phase::New | Phase::Paused => Press::StandsStill,
+            Phase::Running if self.parts.devices.press_power_button() => Press::Pressed,
+            Phase::Running => Press::NobodyListens,
         }
     }
 

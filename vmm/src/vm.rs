@@ -48,7 +48,8 @@ pub(crate) struct Parts {
 
 /// A KVM virtual machine with its vCPU threads, all parked at first.
 pub(crate) struct Vm {
-    pub(crate) fd: VmFd,
+    /// The interrupt line of the devices refers to it, without keeping it.
+    pub(crate) fd: Arc<VmFd>,
     pub(crate) vcpus: Vec<Arc<Vcpu>>,
     pub(crate) gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
@@ -71,6 +72,7 @@ impl Vm {
         fd.create_pit2(pit).doing("KVM_CREATE_PIT2")?;
         set_memory(&fd, &parts.ram, false)?;
         route_interrupts(&fd)?;
+        let fd = Arc::new(fd);
         connect_devices(&fd, &parts.devices)?;
         vmm_sys_util::signal::register_signal_handler(kick_signal(), ignore_kick)
             .doing("registering the kick signal")?;
@@ -229,9 +231,18 @@ fn route_interrupts(fd: &VmFd) -> Result<()> {
     fd.set_gsi_routing(&routing).doing("KVM_SET_GSI_ROUTING")
 }
 
-fn connect_devices(fd: &VmFd, devices: &DeviceSet) -> Result<()> {
+fn connect_devices(fd: &Arc<VmFd>, devices: &DeviceSet) -> Result<()> {
     let (gsi, irq) = devices.serial_irq();
     fd.register_irqfd(irq, gsi).doing("KVM_IRQFD")?;
+    let (sci, of) = (devices.sci(), Arc::downgrade(fd));
+    // A level, so no irqfd: the chips show it to a guest that unmasks the line later, too.
+    devices.connect_sci(Box::new(move |level| {
+        if let Some(fd) = of.upgrade()
+            && let Err(error) = fd.set_irq_line(sci, level)
+        {
+            tracing::error!(%error, level, "KVM_IRQ_LINE: the guest may miss its power button");
+        }
+    }));
     for wire in devices.wires() {
         fd.register_irqfd(&wire.irq, wire.gsi).doing("KVM_IRQFD")?;
         for (address, queue, doorbell) in &wire.doorbells {

@@ -15,7 +15,7 @@ use vmm::devices::DeviceSet;
 use vmm::ports::{Disk, Power};
 use vmm::{
     BootConfig, DirtyTracking, HostCaps, Image, Machine, MachineConfig, MachineHandle, NicConfig,
-    Ports,
+    Ports, Press,
 };
 
 const MEMORY: u64 = 32 << 20;
@@ -275,6 +275,38 @@ fn poweroff_reboot_and_crash_reach_the_outside() {
         *guest.outputs.power.lock(),
         [Power::Reset, Power::Crash, Power::Off]
     );
+}
+
+/// Whether the guest has seen a press by then or not: it follows it once, in the machine that it is in.
+#[test]
+fn a_pressed_power_button_is_followed_though_the_guest_is_moved_in_the_middle() {
+    let caps = require_kvm!();
+    let mut random = Random(11);
+    let mut guest = Guest::boot(&caps, 2, BITMAP);
+    assert_eq!(guest.machine.press_power_button(), Press::NobodyListens);
+    for round in 0..20 {
+        assert_eq!(guest.ask("button reboot"), "OK");
+        assert_eq!(guest.machine.press_power_button(), Press::Pressed);
+        random.nap(100);
+        guest = guest.moved();
+        eventually("reset", || guest.machine.power() == Some(Power::Reset));
+        assert_eq!(guest.outputs.power.lock().len(), round + 1);
+        guest.machine.reset().unwrap();
+        assert_eq!(guest.machine.press_power_button(), Press::StandsStill);
+        guest.machine.resume().unwrap();
+        eventually("ready again", || {
+            guest.console().matches("probe-guest ready").count() == round + 2
+        });
+        assert_eq!(guest.machine.press_power_button(), Press::NobodyListens);
+    }
+    assert_eq!(guest.ask("button ignore"), "OK");
+    for _ in 0..3 {
+        assert_eq!(guest.machine.press_power_button(), Press::Pressed);
+        assert_eq!(guest.ask("ping"), "PONG");
+    }
+    assert_eq!(guest.ask("button poweroff"), "OK");
+    assert_eq!(guest.machine.press_power_button(), Press::Pressed);
+    eventually("off", || guest.machine.power() == Some(Power::Off));
 }
 
 /// Devices' writes are in the harvest too: disk reads into guest memory while epochs go on.

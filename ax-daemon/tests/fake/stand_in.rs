@@ -321,6 +321,7 @@ fn main() {
             status: Status {
                 name: spec.vm.name.clone(),
                 pid: std::process::id(),
+                wire: ax_wire::Versions::ours().newest().number(),
                 incarnation,
                 role,
                 phase: Phase::Starting,

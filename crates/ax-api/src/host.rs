@@ -6,12 +6,15 @@
 //!
 //! Between the hosts the same lines travel over the authenticated link, with [`PeerRequest`] as
 //! the request; a peer asked to [`PeerRequest::Forward`] answers for itself and never forwards again.
+//! That link settles on a wire version first, and a request that it lacks is not sent ([`Since`]). A new
+//! field of a request or definition must be left out while it says nothing: an older build refuses it.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ax_wire::version::Since;
 use ax_wire::word::{Answer, Letter};
-use ax_wire::{Generation, Incarnation};
+use ax_wire::{Generation, Incarnation, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::process::What;
@@ -24,6 +27,18 @@ pub const MAX_LINE: usize = 1 << 20;
 
 /// Where axd listens and axvm looks, unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/axd/axd.sock";
+
+/// How long a guest that is to be stopped has to shut itself down once its power button is pressed, unless
+/// told otherwise, seconds.
+pub const STOP_TIMEOUT_S: u64 = 60;
+
+fn stop_timeout_s() -> u64 {
+    STOP_TIMEOUT_S
+}
+
+fn is_stop_timeout(seconds: &u64) -> bool {
+    *seconds == STOP_TIMEOUT_S
+}
 
 /// A disk as a user asks for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,12 +151,16 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         accept_loss: bool,
     },
-    /// Stop a VM in order (rule 26).
+    /// Stop a VM in order (rule 26): its guest is asked by its power button first.
     Stop {
         /// Its name.
         name: String,
         /// End its processes at once, without a record.
         force: bool,
+        /// How long its guest has to shut itself down, seconds; 0: it is not asked. Not written when it is the
+        /// usual time: an axd from before this field refuses it.
+        #[serde(default = "stop_timeout_s", skip_serializing_if = "is_stop_timeout")]
+        timeout_s: u64,
     },
     /// Reset the machine.
     Reboot {
@@ -249,6 +268,8 @@ pub enum Code {
     Memory = 11,
     /// The arbiter refused or cannot be reached.
     Arbiter = 12,
+    /// The VM is stopped in order, but its guest had been asked to shut itself down and did not in time.
+    Forced = 13,
 }
 
 impl Code {
@@ -319,6 +340,9 @@ pub enum HostWhat {
         /// The line.
         text: String,
     },
+    /// Something that the reader's build does not know.
+    #[serde(other)]
+    Other,
 }
 
 /// A line axd answers with.
@@ -513,6 +537,90 @@ pub enum PeerRequest {
         /// The request.
         request: Request,
     },
+}
+
+impl Since for PeerRequest {
+    fn since(&self) -> Version {
+        match self {
+            PeerRequest::Hello { .. }
+            | PeerRequest::Sync { .. }
+            | PeerRequest::Processes
+            | PeerRequest::SpawnShadow { .. }
+            | PeerRequest::Undo { .. }
+            | PeerRequest::Settle { .. }
+            | PeerRequest::Stopped { .. }
+            | PeerRequest::Fence { .. }
+            | PeerRequest::Word { .. } => Version::FIRST,
+            PeerRequest::Forward { request } => request.since(),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            PeerRequest::Hello { .. } => "hello",
+            PeerRequest::Sync { .. } => "sync",
+            PeerRequest::Processes => "processes",
+            PeerRequest::SpawnShadow { .. } => "spawn shadow",
+            PeerRequest::Undo { .. } => "undo",
+            PeerRequest::Settle { .. } => "settle",
+            PeerRequest::Stopped { .. } => "stopped",
+            PeerRequest::Fence { .. } => "fence",
+            PeerRequest::Word { .. } => "word",
+            PeerRequest::Forward { request } => request.name(),
+        }
+    }
+}
+
+impl Since for Request {
+    fn since(&self) -> Version {
+        match self {
+            Request::Version
+            | Request::Define { .. }
+            | Request::Undefine { .. }
+            | Request::Autostart { .. }
+            | Request::Prefer { .. }
+            | Request::Start { .. }
+            | Request::Stop { .. }
+            | Request::Reboot { .. }
+            | Request::Pause { .. }
+            | Request::Resume { .. }
+            | Request::List
+            | Request::Show { .. }
+            | Request::Console { .. }
+            | Request::Failover { .. }
+            | Request::SetMode { .. }
+            | Request::Hosts
+            | Request::Maintenance { .. }
+            | Request::Drain { .. }
+            | Request::Kill { .. }
+            | Request::Events { .. } => Version::FIRST,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Request::Version => "version",
+            Request::Define { .. } => "define",
+            Request::Undefine { .. } => "undefine",
+            Request::Autostart { .. } => "autostart",
+            Request::Prefer { .. } => "prefer",
+            Request::Start { .. } => "start",
+            Request::Stop { .. } => "stop",
+            Request::Reboot { .. } => "reboot",
+            Request::Pause { .. } => "pause",
+            Request::Resume { .. } => "resume",
+            Request::List => "list",
+            Request::Show { .. } => "show",
+            Request::Console { .. } => "console",
+            Request::Failover { .. } => "failover",
+            Request::SetMode { .. } => "set-mode",
+            Request::Hosts => "hosts",
+            Request::Maintenance { .. } => "maintenance",
+            Request::Drain { .. } => "drain",
+            Request::Kill { .. } => "kill",
+            Request::Events { .. } => "events",
+        }
+    }
 }
 
 #[cfg(test)]

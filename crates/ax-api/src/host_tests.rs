@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use ax_wire::{Generation, Incarnation, PairId};
 
 use super::*;
-use crate::process::{Phase, Role, Status};
+use crate::process::{Event, Phase, Role, Status};
 
 fn vm(mode: Mode) -> Vm {
     Vm {
@@ -34,6 +34,7 @@ fn process(host: &str, role: Role, phase: Phase, generation: u64) -> ProcessRepo
         status: Some(Status {
             name: "web".into(),
             pid: 42,
+            wire: 1,
             incarnation: Incarnation(9),
             role,
             phase,
@@ -67,7 +68,9 @@ fn a_guest_whose_disk_fails_says_so_and_is_held_only_if_it_waits() {
         (Phase::Unprotected, true, State::Held),
         (Phase::Alone, true, State::Held),
         (Phase::Alone, false, State::Degraded),
-        (Phase::Protected, true, State::Protected),
+        // It leaves at once, or the arbiter is away.
+        (Phase::Protected, true, State::Held),
+        (Phase::Protected, false, State::Protected),
     ] {
         let mut process = process("a", Role::Primary, phase, 2);
         if let Some(status) = &mut process.status {
@@ -209,4 +212,26 @@ fn the_newer_definition_wins_and_a_tie_has_one_winner() {
     assert!(d(2, "b").newer_than(&d(2, "a")));
     assert!(!d(2, "a").newer_than(&d(2, "b")));
     assert!(!d(2, "a").newer_than(&d(2, "a")));
+}
+
+/// In an upgrade: a process or host of the build after this one tells of things that this one has no word
+/// for, and must not be taken for one that does not answer.
+#[test]
+fn what_a_later_build_says_is_passed_over() {
+    let read = |text: &str| serde_json::from_str::<HostEvent>(text).unwrap().what;
+    let host = r#"{"at_ms":1,"host":"a","vm":"web","what":{"kind":"dreamt","of":["sheep"]}}"#;
+    assert_eq!(read(host), HostWhat::Other);
+    let event = r#"{"seq":7,"at_ms":1,"what":{"what":"dreamt","of":["sheep"]}}"#;
+    let event: Event = serde_json::from_str(event).unwrap();
+    assert_eq!((event.seq, event.what), (7, What::Other));
+
+    let known = process("a", Role::Primary, Phase::Protected, 3);
+    let mut later = serde_json::to_value(&known).unwrap();
+    later["status"]["phase"] = serde_json::json!({"is": "dreaming", "of": "sheep"});
+    later["status"]["dreams"] = 4.into();
+    // What a build of wire version 1 does not say of itself.
+    later["status"].as_object_mut().unwrap().remove("wire");
+    let read: ProcessReport = serde_json::from_value(later).unwrap();
+    let status = read.status.unwrap();
+    assert_eq!((status.phase, status.wire), (Phase::Other, 1));
 }

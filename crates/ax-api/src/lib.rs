@@ -16,3 +16,8 @@ pub mod process;
 pub mod report;
 pub mod units;
 pub mod vm;
+
+/// What a build speaks that does not say it: wire version 1.
+pub(crate) fn first_wire() -> u16 {
+    ax_wire::Version::FIRST.number()
+}

@@ -5,6 +5,11 @@
 //! [`Request`] a line and reads one [`Reply`] a line. After [`Request::Subscribe`] the process
 //! sends [`Event`]s, one a line, until the connection ends; after [`Request::Console`] the
 //! connection carries raw console bytes both ways.
+//!
+//! The two may be of builds one wire version apart: axd is replaced while its guests' processes run on. So
+//! whatever is new here has a default where it is absent, and what a reader does not know it passes over
+//! ([`Phase::Other`], [`What::Other`]). A process refuses a request that it does not know, which then says
+//! so ([`Status::wire`] tells axd what to expect).
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -204,6 +209,9 @@ pub enum Phase {
     Paused,
     /// About to exit.
     Ending,
+    /// One that the reader's build does not know.
+    #[serde(other)]
+    Other,
 }
 
 /// What a process says of itself.
@@ -213,6 +221,9 @@ pub struct Status {
     pub name: String,
     /// Process id.
     pub pid: u32,
+    /// Newest wire version its build speaks.
+    #[serde(default = "crate::first_wire")]
+    pub wire: u16,
     /// This run of it.
     pub incarnation: Incarnation,
     /// What it is for.
@@ -360,6 +371,9 @@ pub enum Request {
     Pause,
     /// Let them go on.
     Resume,
+    /// Primary: press the guest's power button. Answered by [`Reply::Button`], at once; a guest that shuts
+    /// itself down then ends as it would by itself.
+    PowerButton,
     /// Orderly stop (rule 26), answered when the record says so and just before the exit.
     Stop,
     /// Reset the machine as its button would.
@@ -415,6 +429,9 @@ pub enum Request {
     },
 }
 
+/// How the refusal begins of a line that is no [`Request`], or none that the process's build knows.
+pub const NO_REQUEST: &str = "not a request";
+
 /// The answer to a [`Request`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "re")]
@@ -429,6 +446,11 @@ pub enum Reply {
         /// Offset in the guest's whole console stream.
         offset: u64,
     },
+    /// To [`Request::PowerButton`].
+    Button {
+        /// What came of it.
+        press: Press,
+    },
     /// To [`Request::Word`].
     Word {
         /// What this host says.
@@ -439,6 +461,18 @@ pub enum Reply {
         /// What was wrong and what to do.
         why: String,
     },
+}
+
+/// What came of a press of a guest's power button.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Press {
+    /// The guest listens and is told.
+    Pressed,
+    /// The guest does not listen to its button: no driver has enabled its event.
+    NobodyListens,
+    /// The guest is paused, or on its way elsewhere: it can't answer.
+    StandsStill,
 }
 
 /// Something that happened, worth telling an operator.
@@ -511,4 +545,7 @@ pub enum What {
         /// The line.
         text: String,
     },
+    /// Something that the reader's build does not know.
+    #[serde(other)]
+    Other,
 }

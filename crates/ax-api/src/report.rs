@@ -123,6 +123,10 @@ impl VmReport {
             Phase::FailingOver => (State::FailingOver, String::new()),
             Phase::Paused => (State::Paused, String::new()),
             Phase::Ending => (State::Ending, String::new()),
+            Phase::Other => (
+                State::Unknown,
+                "its process is of a later build than this axd".to_owned(),
+            ),
         };
         let (state, note) = match (primary, shadow) {
             (Some((process, status)), _) => match (&status.phase, &process.why_unprotected) {
@@ -136,7 +140,11 @@ impl VmReport {
                 (phase, _) if status.disk_fails.is_some() => {
                     let why = status.disk_fails.as_deref().unwrap_or_default();
                     let state = match phase {
-                        Phase::Alone | Phase::Unprotected if status.disk_holds => State::Held,
+                        Phase::Alone | Phase::Unprotected | Phase::Protected
+                            if status.disk_holds =>
+                        {
+                            State::Held
+                        }
                         phase => state_of(phase).0,
                     };
                     (state, format!("a disk of its host fails: {why}"))
@@ -233,6 +241,9 @@ pub struct HostReport {
     pub why: String,
     /// Its axd's version.
     pub version: String,
+    /// Newest wire version its axd's build speaks.
+    #[serde(default = "crate::first_wire")]
+    pub wire: u16,
     /// It takes no VM.
     pub maintenance: bool,
     /// It takes no VM because it is being shut down.

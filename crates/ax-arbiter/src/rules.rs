@@ -1,9 +1,13 @@
 //! The rules by which an arbiter decides (rules 20–27), as pure functions of its record.
 
 use ax_wire::record::{
-    Arbiter, Change, Copies, Decision, Flush, Loss, Member, Record, Refusal, Request, State, Why,
+    Arbiter, Change, Copies, Decision, Flush, Loss, Member, Record, Refusal, Request, SideOf,
+    State, Why,
 };
 use ax_wire::{EpochId, Generation, MachineId, PairId, Side};
+use bincode::de::Decoder;
+use bincode::enc::Encoder;
+use bincode::error::{DecodeError, EncodeError};
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
@@ -49,9 +53,11 @@ pub fn decide(me: Arbiter, record: Option<&Record>, request: &Request) -> Decisi
         Change::MoveArbiter { to } => to,
         _ => me,
     };
-    let mut machines = record.machines.with(side, request.machine);
+    let mut machines = record.machines;
     if let Change::Replace { machine, .. } = request.change {
-        machines = machines.with(side.other(), Some(machine));
+        machines = machines
+            .with(side, request.machine)
+            .with(side.other(), Some(machine));
         if record.holder() == Some(request.caller) {
             // It runs alone, and goes on by the generation it knows.
             return Decision::Granted(Record {
@@ -88,10 +94,7 @@ pub fn was_made_by(record: &Record, request: &Request) -> bool {
             Change::Handover => record.shadow() == Some(caller),
             Change::Stop { epoch, current } => record.state == State::Stopped { epoch, current },
             Change::MoveArbiter { to } => record.arbiter == to,
-            Change::Replace { machine, .. } => {
-                let other = caller.side.other();
-                !record.machines.name_another(other, Some(machine))
-            }
+            Change::Replace { machine, .. } => record.machines.name(caller.side.other(), machine),
         }
 }
 
@@ -218,7 +221,8 @@ pub fn not_current(record: &Record, side: Side) -> Option<Loss> {
 }
 
 /// What one side says it knows, so that an arbiter that does not know the pair may learn it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+/// Its binary form without a machine is that of builds which know of none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Registration {
     /// Which pair.
     pub pair: PairId,
@@ -229,6 +233,29 @@ pub struct Registration {
     /// The latest record it knows.
     pub record: Record,
 }
+
+impl Encode for Registration {
+    fn encode<E: Encoder>(&self, to: &mut E) -> Result<(), EncodeError> {
+        self.pair.encode(to)?;
+        SideOf::new(self.side, self.machine).encode(to)?;
+        self.record.encode(to)
+    }
+}
+
+impl<C> Decode<C> for Registration {
+    fn decode<D: Decoder<Context = C>>(from: &mut D) -> Result<Self, DecodeError> {
+        let pair = PairId::decode(from)?;
+        let of = SideOf::decode(from)?;
+        Ok(Registration {
+            pair,
+            side: of.side(),
+            machine: of.machine(),
+            record: Record::decode(from)?,
+        })
+    }
+}
+
+bincode::impl_borrow_decode!(Registration);
 
 impl Registration {
     /// True when another machine is known to be this side, by the arbiter's record or by its own: it was
@@ -285,15 +312,15 @@ pub enum Registered {
     },
     /// Too many pairs, known or waiting.
     Full,
-    /// Another machine is the caller's side.
-    Replaced {
-        /// What holds.
-        known: Record,
-    },
     /// To a proposal: the other side is here too and knows the same.
     Agreed {
         /// It asks nobody else any more.
         firm: bool,
+    },
+    /// Another machine is the caller's side.
+    Replaced {
+        /// What holds.
+        known: Record,
     },
 }
 

@@ -6,8 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
-use ax_wire::record::{Arbiter, Machines, Member, Record, State, WitnessId};
-use ax_wire::{Generation, PairId, Side};
+use ax_wire::record::{Record, WitnessId};
+use ax_wire::{PairId, Side};
 use bincode::{Decode, Encode};
 use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 
@@ -18,9 +18,7 @@ const META: TableDefinition<&str, [u8; 16]> = TableDefinition::new("meta");
 const PAIRS: TableDefinition<[u8; 16], &[u8]> = TableDefinition::new("pairs");
 const INCARNATION: &str = "store";
 /// First byte of a stored entry.
-const LAYOUT: u8 = 2;
-/// Of one from before records named machines.
-const WITHOUT_MACHINES: u8 = 1;
+const LAYOUT: u8 = 1;
 /// Longest stored entry, bytes.
 const MAX_ENTRY: usize = 1024;
 /// Longest host name kept, bytes.
@@ -77,31 +75,6 @@ pub struct Entry {
     hosts: [Option<String>; 2],
 }
 
-/// An entry of layout [`WITHOUT_MACHINES`].
-#[derive(Decode)]
-struct Earlier {
-    generation: Generation,
-    arbiter: Arbiter,
-    by: Option<Member>,
-    state: State,
-    hosts: [Option<String>; 2],
-}
-
-impl From<Earlier> for Entry {
-    fn from(earlier: Earlier) -> Entry {
-        Entry {
-            record: Record {
-                generation: earlier.generation,
-                arbiter: earlier.arbiter,
-                by: earlier.by,
-                state: earlier.state,
-                machines: Machines::default(),
-            },
-            hosts: earlier.hosts,
-        }
-    }
-}
-
 impl Entry {
     /// A newly registered pair; the hosts' names become known as they speak.
     pub fn new(record: Record) -> Entry {
@@ -139,22 +112,12 @@ impl Entry {
     }
 
     fn decode(pair: PairId, bytes: &[u8]) -> Result<Entry, StoreError> {
-        let (entry, used, rest) = match bytes.split_first() {
-            Some((&LAYOUT, rest)) => {
-                let decoded = bincode::decode_from_slice::<Entry, _>(rest, config());
-                let (entry, used) = decoded.map_err(|_| StoreError::Damaged(pair))?;
-                (entry, used, rest)
-            }
-            Some((&WITHOUT_MACHINES, rest)) => {
-                let decoded = bincode::decode_from_slice::<Earlier, _>(rest, config());
-                let (entry, used) = decoded.map_err(|_| StoreError::Damaged(pair))?;
-                (entry.into(), used, rest)
-            }
-            _ => return Err(StoreError::Damaged(pair)),
-        };
-        match used == rest.len() {
-            true => Ok(entry),
-            false => Err(StoreError::Damaged(pair)),
+        match bytes.split_first() {
+            Some((&LAYOUT, rest)) => match bincode::decode_from_slice(rest, config()) {
+                Ok((entry, used)) if used == rest.len() => Ok(entry),
+                _ => Err(StoreError::Damaged(pair)),
+            },
+            _ => Err(StoreError::Damaged(pair)),
         }
     }
 }
@@ -362,35 +325,4 @@ pub(crate) fn random(path: &Path) -> Result<[u8; 16], StoreError> {
             source,
         })?;
     Ok(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use ax_wire::Incarnation;
-
-    #[test]
-    fn an_entry_from_before_records_named_machines_is_read() {
-        let holder = Member {
-            side: Side::B,
-            incarnation: Incarnation(7),
-        };
-        let before = (
-            Generation(5),
-            Arbiter::Operator,
-            Some(holder),
-            State::Alone { holder },
-            [None, Some("beta".to_owned())],
-        );
-        let mut bytes = vec![WITHOUT_MACHINES];
-        bincode::encode_into_std_write(before, &mut bytes, config()).unwrap();
-        let entry = Entry::decode(PairId([1; 16]), &bytes).unwrap();
-        assert_eq!(entry.record.generation, Generation(5));
-        assert_eq!(entry.record.holder(), Some(holder));
-        assert_eq!(entry.hosts, [None, Some("beta".to_owned())]);
-        let again = Entry::decode(PairId([1; 16]), &entry.encode().unwrap()).unwrap();
-        assert_eq!(again, entry);
-        bytes.push(0);
-        assert!(Entry::decode(PairId([1; 16]), &bytes).is_err());
-    }
 }

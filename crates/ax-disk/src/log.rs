@@ -1,5 +1,7 @@
 //! The primary's log of disk writes: what the open epoch carries of disks.
 
+use std::collections::VecDeque;
+
 use ax_sync::{Condvar, Mutex};
 use ax_wire::EpochId;
 use ax_wire::records::{FLUSH_AWAITED, Record, RecordKind, push, record_size};
@@ -26,6 +28,9 @@ struct Inner {
     tickets: u64,
     /// Last epoch durable on the shadow's disks.
     durable: EpochId,
+    /// Epochs with records that are not known to be in the shadow's images yet, with their bytes; the oldest
+    /// first.
+    behind: VecDeque<(EpochId, usize)>,
     /// The rotation of the maps that waits for the shadow: the epoch that carries its mark, once sealed.
     mark: Option<Option<EpochId>>,
     /// Counts the starts of recording, so that a mark of an earlier one is not waited for.
@@ -41,6 +46,9 @@ impl Inner {
 
     /// The open epoch's records go with `epoch`.
     fn sealed(&mut self, epoch: EpochId) {
+        if epoch != EpochId(0) && !self.open.is_empty() && self.behind.len() < TRACKED {
+            self.behind.push_back((epoch, self.open.len()));
+        }
         for awaited in &mut self.awaited {
             awaited.epoch.get_or_insert(epoch);
         }
@@ -52,7 +60,22 @@ impl Inner {
     fn fits(&self, bytes: usize) -> bool {
         self.open.len() + self.reserved + bytes <= self.budget
     }
+
+    /// The shadow's disks are too far behind for the guest to write more.
+    fn is_far_behind(&self) -> bool {
+        let bytes = self.behind.iter().map(|(_, bytes)| bytes).sum::<usize>();
+        self.behind.len() >= BEHIND || bytes >= self.budget
+    }
 }
+
+/// Epochs whose disk writes the shadow may have to apply yet before the guest's next write waits. More than
+/// are on their way to a disk that keeps up; few enough that a promotion, which applies them, is short
+/// (rule 18).
+const BEHIND: usize = 6;
+
+/// So many are kept count of: FLUSHes and marks of the maps are recorded without being admitted. Far from it
+/// the shadow holds up the epochs themselves.
+const TRACKED: usize = 64;
 
 /// How long a rotation of the maps waits before it looks whether it should still.
 const MARK_PATIENCE: std::time::Duration = std::time::Duration::from_millis(100);
@@ -93,6 +116,7 @@ impl WriteLog {
                 awaited: Vec::new(),
                 tickets: 0,
                 durable: EpochId(0),
+                behind: VecDeque::with_capacity(TRACKED),
                 mark: None,
                 stint: 0,
             }),
@@ -110,11 +134,14 @@ impl WriteLog {
         inner.recording = on;
         inner.mirrored |= on;
         inner.open.clear();
+        inner.behind.clear();
         (inner.mark, inner.stint) = (None, inner.stint + 1);
         self.room.notify_all();
     }
 
-    /// Waits until `len` bytes of payload may be recorded and promises them (back-pressure).
+    /// Waits until `len` bytes of payload may be recorded and promises them (back-pressure): what the open
+    /// epoch has room for, and not while the shadow's disks are far behind (rule 2). Only the guest's
+    /// writes wait for those; its memory and its network go on.
     /// Every admission is followed by exactly one [`Self::completed`] or [`Self::abandoned`].
     ///
     /// False, without a promise, for a payload that could never fit.
@@ -125,10 +152,16 @@ impl WriteLog {
         if bytes > inner.budget {
             return false;
         }
-        while !inner.fits(bytes) {
-            (self.pressed)();
-            self.room
-                .wait_for(&mut inner, std::time::Duration::from_millis(20));
+        loop {
+            if inner.is_far_behind() {
+                self.room.wait(&mut inner);
+            } else if !inner.fits(bytes) {
+                (self.pressed)();
+                self.room
+                    .wait_for(&mut inner, std::time::Duration::from_millis(20));
+            } else {
+                break;
+            }
         }
         inner.reserved += bytes;
         true
@@ -213,6 +246,18 @@ impl WriteLog {
             self.room.wait(&mut inner);
         }
         inner.awaited.retain(|a| a.ticket != ticket);
+    }
+
+    /// The shadow's images have the writes of all epochs up to `epoch`: writes that waited for that go on.
+    pub fn applied_on_shadow(&self, epoch: EpochId) {
+        let mut inner = self.inner.lock();
+        let was = inner.is_far_behind();
+        while inner.behind.front().is_some_and(|(at, _)| *at <= epoch) {
+            inner.behind.pop_front();
+        }
+        if was && !inner.is_far_behind() {
+            self.room.notify_all();
+        }
     }
 
     /// The shadow's disks are durable up to `epoch`: FLUSHes that waited for it complete.
@@ -387,6 +432,41 @@ mod tests {
             !log.admit(5000),
             "a write beyond the whole budget can never fit"
         );
+    }
+
+    /// Rule 2: a shadow whose disk is slow slows the guest's writes, and nothing else of it.
+    #[test]
+    fn a_write_waits_while_the_shadows_disks_are_far_behind_and_no_longer_than_it_has_a_shadow() {
+        let log = Arc::new(WriteLog::new(4096, || {}));
+        let mut buf = Vec::new();
+        let mut epoch = |n: u64| {
+            assert!(log.admit(100));
+            log.completed(0, n, &[0; 100]);
+            log.seal_epoch(EpochId(n), &mut buf);
+        };
+        log.record(true);
+        let most = BEHIND as u64;
+        (1..=most).for_each(&mut epoch);
+        let write = || {
+            let log = Arc::clone(&log);
+            let (tell, told) = std::sync::mpsc::channel();
+            std::thread::spawn(move || tell.send(log.admit(100)));
+            told
+        };
+        let short = std::time::Duration::from_millis(50);
+        let waiting = write();
+        assert!(waiting.recv_timeout(short).is_err());
+        // What comes without a write is no end of its waiting.
+        log.applied_on_shadow(EpochId(0));
+        assert!(waiting.recv_timeout(short).is_err());
+        log.applied_on_shadow(EpochId(1));
+        assert_eq!(waiting.recv(), Ok(true));
+        log.abandoned(100);
+        epoch(most + 1);
+        let waiting = write();
+        assert!(waiting.recv_timeout(short).is_err());
+        log.record(false);
+        assert_eq!(waiting.recv(), Ok(true));
     }
 
     /// A log, and FLUSHes of it that wait: each begun when this returns.

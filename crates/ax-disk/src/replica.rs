@@ -18,6 +18,8 @@ pub use crate::apply::ApplyError;
 
 struct Work {
     queue: VecDeque<(EpochId, Vec<u8>)>,
+    /// Bytes of records in the queue.
+    bytes: usize,
     spare: Vec<Vec<u8>>,
     applied: EpochId,
     durable: EpochId,
@@ -35,11 +37,18 @@ struct Shared {
     disks: Vec<Arc<Image>>,
     work: Mutex<Work>,
     changed: Condvar,
-    /// Epochs that may wait to be applied before [`Replica::committed`] blocks.
+    /// Epochs that may wait to be applied, whatever they hold, before [`Replica::committed`] blocks.
     backlog: usize,
     /// Told of an epoch whose FLUSH the primary waits for.
     on_durable: OnceLock<Box<dyn Fn(EpochId) + Send + Sync>>,
 }
+
+/// More epochs than [`Replica::new`]'s may wait as long as their records have less than so many bytes ...
+const SMALL: usize = 4 << 20;
+
+/// ... and so many of them at most. A primary has its guest's writes wait before it comes to that
+/// ([`crate::WriteLog::admit`]).
+const MOST: usize = 16;
 
 /// All disks of one VM on the shadow's side.
 pub struct Replica {
@@ -50,6 +59,13 @@ pub struct Replica {
 impl std::fmt::Debug for Replica {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Replica({} disks)", self.shared.disks.len())
+    }
+}
+
+impl Shared {
+    fn is_full(&self, work: &Work) -> bool {
+        let epochs = work.queue.len();
+        epochs >= self.backlog && (epochs >= MOST || work.bytes >= SMALL)
     }
 }
 
@@ -64,6 +80,7 @@ fn run(shared: &Shared) {
             continue;
         };
         work.busy = true;
+        work.bytes = work.bytes.saturating_sub(records.len());
         drop(work);
         let result = apply(&shared.disks, Some(epoch), &records);
         work = shared.work.lock();
@@ -74,7 +91,10 @@ fn run(shared: &Shared) {
                 if applied.durable {
                     work.durable = work.durable.max(epoch);
                 }
-                work.spare.push(records);
+                // What a backlog has grown to is not kept.
+                if work.spare.len() <= shared.backlog {
+                    work.spare.push(records);
+                }
                 let room = CHORES.saturating_sub(work.chores.len());
                 work.chores.extend(applied.chores.into_iter().take(room));
                 if let (true, Some(tell)) = (applied.awaited, shared.on_durable.get()) {
@@ -98,6 +118,7 @@ impl Work {
     fn fail(&mut self, error: ApplyError) {
         self.failed = Some(Arc::new(error));
         self.queue.clear();
+        self.bytes = 0;
     }
 }
 
@@ -152,13 +173,15 @@ fn settle(shared: &Shared) {
 }
 
 impl Replica {
-    /// Takes over the images; at most `backlog` committed epochs wait to be applied.
+    /// Takes over the images; `backlog` committed epochs, and more as long as they are small, wait to be
+    /// applied.
     ///
     /// # Errors
     /// [`ApplyError::Thread`].
     pub fn new(disks: Vec<Arc<Image>>, backlog: usize) -> Result<Replica, ApplyError> {
         let work = Work {
-            queue: VecDeque::with_capacity(backlog + 1),
+            queue: VecDeque::with_capacity(backlog.max(MOST)),
+            bytes: 0,
             spare: Vec::new(),
             applied: EpochId(0),
             durable: EpochId(0),
@@ -245,12 +268,13 @@ impl Replica {
             }
             return work.failed.clone().map_or(Ok(()), Err);
         }
-        while work.queue.len() >= self.shared.backlog && work.failed.is_none() {
+        while self.shared.is_full(&work) && work.failed.is_none() {
             self.shared.changed.wait(&mut work);
         }
         if let Some(error) = &work.failed {
             return Err(Arc::clone(error));
         }
+        work.bytes += records.len();
         let mut spare = work.spare.pop().unwrap_or_default();
         spare.clear();
         work.queue
@@ -415,6 +439,42 @@ mod tests {
         assert_eq!(told.recv().unwrap(), EpochId(2));
         assert_eq!(replica.progress(), (EpochId(2), EpochId(2)));
         assert!(told.try_recv().is_err());
+    }
+
+    /// Rule 2: an epoch waits for a slow disk only when much is waiting already.
+    #[test]
+    fn small_epochs_wait_for_a_slow_disk_and_nobody_waits_for_them_until_they_are_many() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = Arc::new(fresh(dir.path(), "a"));
+        let replica = Arc::new(Replica::new(vec![Arc::clone(&image)], 2).unwrap());
+        let slow = image.order.lock();
+        replica.committed(EpochId(1), &mut write(0, 0, 1)).unwrap();
+        while !replica.shared.work.lock().busy {
+            std::thread::yield_now();
+        }
+        let (tell, told) = std::sync::mpsc::channel();
+        let committing = std::thread::spawn({
+            let replica = Arc::clone(&replica);
+            move || {
+                for epoch in 2..=2 + MOST as u64 {
+                    let mut records = write(0, 0, epoch as u8);
+                    replica.committed(EpochId(epoch), &mut records).unwrap();
+                    tell.send(epoch).unwrap();
+                }
+            }
+        });
+        for epoch in 2..2 + MOST as u64 {
+            assert_eq!(told.recv(), Ok(epoch));
+        }
+        assert_eq!(replica.progress().0, EpochId(0));
+        let more = told.recv_timeout(std::time::Duration::from_millis(100));
+        assert!(more.is_err(), "more than may wait");
+        drop(slow);
+        assert_eq!(told.recv(), Ok(2 + MOST as u64));
+        committing.join().unwrap();
+        replica.settle().unwrap();
+        let work = replica.shared.work.lock();
+        assert_eq!((work.bytes, work.applied), (0, EpochId(2 + MOST as u64)));
     }
 
     #[test]

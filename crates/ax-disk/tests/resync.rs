@@ -112,7 +112,7 @@ fn absence(size: u64, of: u64) -> (u64, u64) {
     for region in 0..size / REGION {
         if rng.one_in(2) {
             let data: Vec<u8> = (0..REGION / 8)
-                .flat_map(|_| rng.next().to_le_bytes())
+                .flat_map(|_| rng.word().to_le_bytes())
                 .collect();
             a.write(region * REGION, &data).unwrap();
         }
@@ -125,7 +125,7 @@ fn absence(size: u64, of: u64) -> (u64, u64) {
     );
     for _ in 0..size / BLOCK as u64 / of {
         let at = rng.below(size / BLOCK as u64) * BLOCK as u64;
-        a.write(at, &[rng.next() as u8 | 1; BLOCK]).unwrap();
+        a.write(at, &[rng.word() as u8 | 1; BLOCK]).unwrap();
     }
     let began = std::time::Instant::now();
     let SyncProgress {
@@ -296,7 +296,7 @@ fn both_images_are_equal_though_the_guest_writes_during_the_sync() {
             let mut rng = Rng(7);
             while !stop.load(Ordering::Relaxed) {
                 let at = rng.below(size / 512) * 512;
-                let data = [rng.next() as u8; 512];
+                let data = [rng.word() as u8; 512];
                 assert!(log.admit(512));
                 a.write(at, &data).unwrap();
                 log.completed(0, at, &data);

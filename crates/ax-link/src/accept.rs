@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 use ax_wire::channel::{Answer, PREAMBLE, Preamble};
 use ax_wire::frame::FrameKind;
+use ax_wire::version::TooFarApart;
+use ax_wire::{Version, Versions};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
@@ -33,6 +35,7 @@ const MAX_WAITING: usize = 64;
 pub struct Incoming {
     stream: Stream,
     preamble: Preamble,
+    version: Version,
     deadline: Instant,
 }
 
@@ -52,7 +55,8 @@ impl Incoming {
     /// # Errors
     /// The peer has gone.
     pub fn accept(mut self) -> Result<Stream, LinkError> {
-        self.answer(&Answer::Accepted)?;
+        self.answer(&Answer::Accepted(self.version))?;
+        self.stream.speak(self.version);
         message::no_deadline(&self.stream)?;
         Ok(self.stream)
     }
@@ -313,11 +317,15 @@ impl Opener {
             .authenticate(sock, addr, deadline)
             .and_then(|s| read_preamble(s, deadline))
         {
-            Ok(incoming) => match self.sender.try_send(incoming) {
+            Ok(Ok(incoming)) => match self.sender.try_send(incoming) {
                 Ok(()) => {}
                 Err(TrySendError::Full(incoming)) => incoming.refuse("too many connections wait"),
                 Err(TrySendError::Disconnected(incoming)) => incoming.refuse("shutting down"),
             },
+            Ok(Err((incoming, TooFarApart { theirs, ours }))) => incoming.refuse(&format!(
+                "the dialling host speaks {theirs}, the listening one {ours}: upgrade the older host; \
+                 hosts may be one wire version apart, no more"
+            )),
             Err(error) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 tracing::warn!(%addr, %error, cause, "a connection was not opened");
@@ -358,16 +366,26 @@ impl Opener {
     }
 }
 
-fn read_preamble(mut stream: Stream, deadline: Instant) -> Result<Incoming, LinkError> {
+/// What came in, or that it can only be refused.
+type Opened = Result<Incoming, (Incoming, TooFarApart)>;
+
+fn read_preamble(mut stream: Stream, deadline: Instant) -> Result<Opened, LinkError> {
     let mut bytes = [0; PREAMBLE];
     message::read_exact(&mut stream, &mut bytes, deadline, "send its preamble")?;
     let preamble = Preamble::parse(&bytes).map_err(|source| LinkError::Preamble {
         peer: stream.describe(),
         source,
     })?;
-    Ok(Incoming {
+    let (theirs, ours) = (preamble.versions(), Versions::ours());
+    let common = ours.common(theirs);
+    let incoming = Incoming {
         stream,
         preamble,
+        version: common.unwrap_or(Version::FIRST),
         deadline,
+    };
+    Ok(match common {
+        Some(_) => Ok(incoming),
+        None => Err((incoming, TooFarApart { theirs, ours })),
     })
 }

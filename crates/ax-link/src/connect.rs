@@ -3,8 +3,10 @@
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use ax_wire::Versions;
 use ax_wire::channel::{Answer, Preamble};
 use ax_wire::frame::FrameKind;
+use ax_wire::version::TooFarApart;
 
 use crate::sock::{Timed, connect_any};
 use crate::{Fingerprint, HostName, LinkError, Security, Stream, message, tls};
@@ -71,12 +73,12 @@ impl Connector {
         }
     }
 
-    /// Opens a channel: connects, proves both identities, says which channel, and waits for
-    /// the listener's yes.
+    /// Opens a channel: connects, proves both identities, says which channel and which wire versions
+    /// this host speaks, and waits for the listener's yes, with the version that both speak.
     ///
     /// # Errors
     /// [`LinkError::Unreachable`] with every address's failure; [`LinkError::Refused`] with the
-    /// listener's reason.
+    /// listener's reason; [`LinkError::TooFarApart`].
     pub fn open(&self, preamble: Preamble) -> Result<Stream, LinkError> {
         self.open_until(preamble, Instant::now() + self.timeout)
     }
@@ -107,7 +109,15 @@ impl Connector {
             "open the channel",
         )?;
         match Answer::parse(&body) {
-            Answer::Accepted => {
+            Answer::Accepted(version) => {
+                let ours = preamble.versions();
+                let theirs = Versions::only(version);
+                let version = ours.common(theirs);
+                let version = version.ok_or(LinkError::TooFarApart {
+                    peer: stream.describe(),
+                    source: TooFarApart { theirs, ours },
+                })?;
+                stream.speak(version);
                 message::no_deadline(&stream)?;
                 Ok(stream)
             }

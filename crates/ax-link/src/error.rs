@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ax_wire::channel::{Channel, PreambleError};
 use ax_wire::frame::FrameError;
 use ax_wire::hello::{HelloError, Refusal};
+use ax_wire::version::TooFarApart;
 
 use crate::{Fingerprint, HostName, NameError};
 
@@ -122,6 +123,14 @@ pub enum LinkError {
         channel: Channel,
         /// The peer's reason.
         reason: String,
+    },
+    /// The two have no wire version in common.
+    #[error("{peer}: {source}")]
+    TooFarApart {
+        /// The other end.
+        peer: String,
+        /// The versions.
+        source: TooFarApart,
     },
     /// A malformed or incompatible hello.
     #[error(transparent)]

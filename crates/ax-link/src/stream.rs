@@ -5,6 +5,8 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use ax_wire::Version;
+
 use crate::{Fingerprint, HostName};
 
 /// A connected, opened channel. Blocking unless set otherwise.
@@ -17,6 +19,7 @@ pub struct Stream {
     tls: Option<Box<Tls>>,
     peer: SocketAddr,
     name: Option<HostName>,
+    version: Version,
 }
 
 impl std::fmt::Debug for Stream {
@@ -51,7 +54,18 @@ impl Stream {
             tls,
             peer,
             name,
+            version: Version::FIRST,
         }
+    }
+
+    /// This wire version is spoken from here on.
+    pub(crate) fn speak(&mut self, version: Version) {
+        self.version = version;
+    }
+
+    /// The wire version that both ends have settled on.
+    pub fn version(&self) -> Version {
+        self.version
     }
 
     /// The peer's name, proven by its certificate; `None` on a plain connection, where nobody
@@ -158,6 +172,7 @@ impl Stream {
                 tls: self.tls,
                 peer: self.peer,
                 name: self.name,
+                version: self.version,
             },
         )
     }
@@ -168,6 +183,7 @@ impl Stream {
             tls: parts.tls,
             peer: parts.peer,
             name: parts.name,
+            version: parts.version,
         }
     }
 }
@@ -177,6 +193,7 @@ pub(crate) struct Parts {
     tls: Option<Box<Tls>>,
     peer: SocketAddr,
     name: Option<HostName>,
+    version: Version,
 }
 
 /// A TLS state and what was read from the socket for it: rustls takes 4 KiB at a time, which

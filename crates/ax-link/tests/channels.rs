@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use ax_link::handshake::exchange;
 use ax_link::{Acceptor, AddressPair, Channel, Connector, LinkError, Preamble, Security};
-use ax_wire::hello::{CpuidLeaf, Hello, HostCaps, Machine, Role, Versions, VmHello};
+use ax_wire::hello::{CpuidLeaf, Hello, HostCaps, Machine, Role, VmHello};
+use ax_wire::{Version, Versions, WIRE_VERSION};
 use common::*;
 
 fn bound(security: Security) -> Acceptor {
@@ -55,6 +56,66 @@ fn bytes_cross_both_ways_on_every_channel_and_protection() {
             assert_eq!(got, b"ack");
         }
     }
+}
+
+/// What a connection speaks when the dialling side's build speaks `theirs`.
+fn spoken(theirs: Versions) -> Result<Version, String> {
+    let acceptor = bound(Security::Plain);
+    let connector = connector(&Security::Plain, &acceptor);
+    let preamble = Preamble::rpc().speaking(theirs);
+    let dialled = std::thread::spawn(move || connector.open(preamble));
+    let accepted = loop {
+        if dialled.is_finished() {
+            break None;
+        }
+        if let Some(incoming) = acceptor.accept_timeout(Duration::from_millis(5)).unwrap() {
+            break Some(incoming.accept().unwrap());
+        }
+    };
+    let dialled = dialled.join().unwrap().map_err(|e| e.to_string())?;
+    assert_eq!(accepted.unwrap().version(), dialled.version());
+    Ok(dialled.version())
+}
+
+#[test]
+fn both_ends_of_a_connection_speak_the_newest_version_that_both_know() {
+    let ours = WIRE_VERSION.number();
+    let speaks = |oldest, newest| spoken(Versions::new(oldest, newest).unwrap());
+    assert_eq!(speaks(ours - 1, ours), Ok(WIRE_VERSION));
+    assert_eq!(speaks(ours, ours + 1), Ok(WIRE_VERSION));
+    let before = Version::new(ours - 1).unwrap();
+    assert_eq!(spoken(Versions::only(before)), Ok(before));
+    let why = speaks(ours + 1, ours + 2).unwrap_err();
+    let theirs = format!("wire versions {} to {}", ours + 1, ours + 2);
+    assert!(why.contains(&theirs), "{why}");
+    assert!(why.contains("upgrade the older host"), "{why}");
+}
+
+/// What a build of version 1 answers is all that such a listener says.
+#[test]
+fn a_listener_of_version_1_is_spoken_to_in_version_1_or_not_at_all() {
+    let listener = TcpListener::bind(local()).unwrap();
+    let to = AddressPair::from(listener.local_addr().unwrap());
+    let connector = Connector::new(Security::Plain, vec![to], None);
+    let accepting = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut sock, _) = listener.accept().unwrap();
+            sock.read_exact(&mut [0; ax_wire::channel::PREAMBLE])
+                .unwrap();
+            let kind = ax_wire::frame::FrameKind::ChannelAnswer;
+            let yes = ax_wire::frame::frame(kind, &[0]).unwrap();
+            sock.write_all(&yes).unwrap();
+            let _ = sock.read(&mut [0; 1]);
+        }
+    });
+    let opened = |oldest, newest| {
+        let versions = Versions::new(oldest, newest).unwrap();
+        connector.open(Preamble::rpc().speaking(versions))
+    };
+    assert_eq!(opened(1, 2).unwrap().version(), Version::FIRST);
+    let why = opened(2, 3).unwrap_err().to_string();
+    assert!(why.contains("the peer speaks wire version 1"), "{why}");
+    accepting.join().unwrap();
 }
 
 #[test]
@@ -375,7 +436,7 @@ fn hello(host: &str, role: Role, versions: Versions) -> Hello {
 }
 
 /// Both ends' outcome of a handshake between anna and bert.
-fn shake(mine: &Hello, theirs: &Hello) -> [Result<u16, String>; 2] {
+fn shake(mine: &Hello, theirs: &Hello) -> [Result<Version, String>; 2] {
     let (anna, bert) = paired();
     let acceptor = bound(bert);
     let (mut a, mut b) = channel(&connector(&anna, &acceptor), &acceptor, Preamble::rpc());
@@ -393,8 +454,8 @@ fn shake(mine: &Hello, theirs: &Hello) -> [Result<u16, String>; 2] {
 
 #[test]
 fn a_handshake_of_equal_hosts_agrees() {
-    let a = hello("anna", Role::Primary, Versions::OURS);
-    let b = hello("bert", Role::Shadow, Versions::OURS);
+    let a = hello("anna", Role::Primary, Versions::ours());
+    let b = hello("bert", Role::Shadow, Versions::ours());
     assert_eq!(
         shake(&a, &b),
         [Ok(ax_wire::WIRE_VERSION), Ok(ax_wire::WIRE_VERSION)]
@@ -410,13 +471,14 @@ fn a_version_gap_is_named_on_both_sides() {
         assert!(why.contains("4 to 5") && why.contains("6 to 7"), "{why}");
     }
     let b = hello("bert", Role::Shadow, Versions::new(5, 6).unwrap());
-    assert_eq!(shake(&a, &b), [Ok(5), Ok(5)]);
+    let five = Version::new(5).unwrap();
+    assert_eq!(shake(&a, &b), [Ok(five), Ok(five)]);
 }
 
 #[test]
 fn a_missing_feature_is_named_on_both_sides() {
-    let a = hello("anna", Role::Primary, Versions::OURS);
-    let mut b = hello("bert", Role::Shadow, Versions::OURS);
+    let a = hello("anna", Role::Primary, Versions::ours());
+    let mut b = hello("bert", Role::Shadow, Versions::ours());
     b.body.caps.cpuid[0].ebx = 0;
     for outcome in shake(&a, &b) {
         assert!(outcome.unwrap_err().contains("bert lacks CPU feature"));
@@ -425,8 +487,8 @@ fn a_missing_feature_is_named_on_both_sides() {
 
 #[test]
 fn a_name_the_certificate_does_not_prove_is_refused() {
-    let a = hello("anna", Role::Primary, Versions::OURS);
-    let b = hello("zoe", Role::Shadow, Versions::OURS);
+    let a = hello("anna", Role::Primary, Versions::ours());
+    let b = hello("zoe", Role::Shadow, Versions::ours());
     for outcome in shake(&a, &b) {
         assert!(outcome.unwrap_err().contains("certificate"));
     }
@@ -437,7 +499,7 @@ fn a_peer_that_never_says_hello_is_given_up_at_the_deadline() {
     let (anna, bert) = paired();
     let acceptor = bound(bert);
     let (mut a, _b) = channel(&connector(&anna, &acceptor), &acceptor, Preamble::rpc());
-    let mine = hello("anna", Role::Primary, Versions::OURS);
+    let mine = hello("anna", Role::Primary, Versions::ours());
     let begun = Instant::now();
     let error = exchange(&mut a, &mine, Duration::from_millis(50)).unwrap_err();
     assert!(matches!(error, LinkError::Deadline { .. }), "{error}");

@@ -77,6 +77,10 @@ impl ShadowSink for Disks {
         self.0.mark_in_sync(generation).map_err(trouble)
     }
 
+    fn applied(&self) -> EpochId {
+        self.0.progress().0
+    }
+
     fn durable(&self) -> EpochId {
         self.0.progress().1
     }

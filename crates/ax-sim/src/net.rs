@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ax_sync::sim::{self, Group, Here};
+use ax_wire::WIRE_VERSION;
 use parking_lot::Mutex;
 use statepoint::link::{PrimaryLink, ShadowLink};
 
@@ -273,6 +274,7 @@ impl Connection {
         PrimaryLink {
             forward: Box::new(forward.half(0)),
             backward: Box::new(backward.half(0)),
+            version: WIRE_VERSION,
             close: Arc::new(move || ends.iter().for_each(|end| end.close(0))),
         }
     }
@@ -283,6 +285,7 @@ impl Connection {
         ShadowLink {
             forward: Box::new(forward.half(1)),
             backward: Box::new(backward.half(1)),
+            version: WIRE_VERSION,
             close: Arc::new(move || ends.iter().for_each(|end| end.close(1))),
         }
     }

@@ -56,6 +56,10 @@ impl PrimaryEvents for Events {
             .tell(Input::Protecting(self.stint, Protecting::Confirmed));
     }
 
+    fn applied(&self, epoch: EpochId) {
+        self.log.applied_on_shadow(epoch);
+    }
+
     fn durable(&self, epoch: EpochId) {
         self.log.durable_on_shadow(epoch);
     }

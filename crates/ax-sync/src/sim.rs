@@ -39,6 +39,11 @@ impl Rng {
     pub fn below(&mut self, n: u64) -> u64 {
         self.word() % n.max(1)
     }
+
+    /// True once in `n` times.
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
 }
 
 enum State {

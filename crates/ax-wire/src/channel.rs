@@ -2,10 +2,14 @@
 //!
 //! One listening port serves all channels, so the dialling side says what it wants and the
 //! listener answers before anything else is sent. Fixed layout, so that any version can read it.
+//!
+//! The dialling side also says which wire versions it speaks, and the listener's yes which one is spoken
+//! from there on. A build of version 1 says neither, and reads over what others say: a connection with it
+//! is one of version 1, byte for byte.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian};
 
-use crate::{Generation, Incarnation, PairId, Session};
+use crate::{Generation, Incarnation, PairId, Session, Version, Versions};
 
 const MAGIC: [u8; 4] = *b"AXch";
 const LAYOUT: u16 = 1;
@@ -82,6 +86,7 @@ impl std::fmt::Display for Channel {
 pub struct Preamble {
     channel: Channel,
     session: Option<Session>,
+    versions: Versions,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -94,7 +99,9 @@ struct Raw {
     generation: little_endian::U64,
     incarnation: little_endian::U64,
     crc: little_endian::U32,
-    zero: [u8; 4],
+    /// Zero, as the next, in a build of version 1.
+    oldest: little_endian::U16,
+    newest: little_endian::U16,
 }
 
 /// Why a preamble was refused.
@@ -111,6 +118,9 @@ pub enum PreambleError {
     /// Damaged on the way.
     #[error("channel preamble fails its CRC32")]
     Crc,
+    /// The versions contradict each other.
+    #[error("channel preamble with wire versions {0} to {1}")]
+    Versions(u16, u16),
     /// No such channel.
     #[error("unknown channel kind {0}")]
     Channel(u16),
@@ -125,6 +135,7 @@ impl Preamble {
         Preamble {
             channel,
             session: Some(session),
+            versions: Versions::ours(),
         }
     }
 
@@ -133,6 +144,7 @@ impl Preamble {
         Preamble {
             channel: Channel::Rpc,
             session: None,
+            versions: Versions::ours(),
         }
     }
 
@@ -141,7 +153,19 @@ impl Preamble {
         Preamble {
             channel: Channel::Witness,
             session: None,
+            versions: Versions::ours(),
         }
+    }
+
+    /// The same from a build that speaks these versions. For tests.
+    #[must_use]
+    pub fn speaking(self, versions: Versions) -> Preamble {
+        Preamble { versions, ..self }
+    }
+
+    /// What the dialling side speaks.
+    pub fn versions(&self) -> Versions {
+        self.versions
     }
 
     /// What the connection is for.
@@ -161,6 +185,10 @@ impl Preamble {
             generation: Generation(0),
             incarnation: Incarnation(0),
         });
+        let said = match self.versions {
+            Versions::UNSAID => [0; 2],
+            versions => [versions.oldest().number(), versions.newest().number()],
+        };
         let mut raw = Raw {
             magic: MAGIC,
             layout: LAYOUT.into(),
@@ -169,7 +197,8 @@ impl Preamble {
             generation: session.generation.0.into(),
             incarnation: session.incarnation.0.into(),
             crc: 0.into(),
-            zero: [0; 4],
+            oldest: said[0].into(),
+            newest: said[1].into(),
         };
         raw.crc = crc32fast::hash(raw.as_bytes()).into();
         zerocopy::transmute!(raw)
@@ -202,15 +231,23 @@ impl Preamble {
         if channel.needs_session() && session.is_none() {
             return Err(PreambleError::NoSession(channel));
         }
-        Ok(Preamble { channel, session })
+        let versions = match [raw.oldest.get(), raw.newest.get()] {
+            [0, 0] => Versions::UNSAID,
+            [a, b] => Versions::new(a, b).ok_or(PreambleError::Versions(a, b))?,
+        };
+        Ok(Preamble {
+            channel,
+            session,
+            versions,
+        })
     }
 }
 
 /// The listener's answer to a preamble; a body of [`crate::frame::FrameKind::ChannelAnswer`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// The channel is open.
-    Accepted,
+    /// The channel is open, and this version is spoken on it.
+    Accepted(Version),
     /// It is not; why, for people.
     Refused(String),
 }
@@ -219,7 +256,11 @@ impl Answer {
     /// The frame's body.
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Answer::Accepted => vec![0],
+            Answer::Accepted(Version::FIRST) => vec![0],
+            Answer::Accepted(version) => {
+                let [low, high] = version.number().to_le_bytes();
+                vec![0, low, high]
+            }
             Answer::Refused(why) => {
                 let mut body = vec![1];
                 body.extend(why.as_bytes().iter().take(MAX_REASON));
@@ -230,10 +271,13 @@ impl Answer {
 
     /// Reads a body; anything but a clear yes is a no. Control characters become spaces.
     pub fn parse(body: &[u8]) -> Answer {
+        let malformed = || Answer::Refused("malformed answer".into());
         match body {
-            [0] => Answer::Accepted,
+            [0] => Answer::Accepted(Version::FIRST),
+            [0, low, high] => Version::new(u16::from_le_bytes([*low, *high]))
+                .map_or_else(malformed, Answer::Accepted),
             [1, why @ ..] => Answer::Refused(printable(why)),
-            _ => Answer::Refused("malformed answer".into()),
+            _ => malformed(),
         }
     }
 }
@@ -266,8 +310,49 @@ mod tests {
             Preamble::of(Channel::Heartbeat, session()),
             Preamble::rpc(),
             Preamble::witness(),
+            Preamble::rpc().speaking(Versions::new(6, 7).unwrap()),
+            Preamble::rpc().speaking(Versions::UNSAID),
         ] {
             assert_eq!(Preamble::parse(&preamble.encode()), Ok(preamble));
+        }
+    }
+
+    /// As its builds wrote it: they know neither what is said of versions nor an answer with one.
+    #[test]
+    fn a_connection_of_version_1_is_opened_as_it_was() {
+        let bytes = Preamble::rpc().speaking(Versions::UNSAID).encode();
+        assert_eq!(bytes[..8], *b"AXch\x01\0\x05\0");
+        assert_eq!(bytes[8..40], [0; 32]);
+        let crc = crc32fast::hash(&[&bytes[..40], &[0; 8]].concat());
+        assert_eq!(bytes[40..44], crc.to_le_bytes());
+        assert_eq!(bytes[44..], [0; 4]);
+        assert_eq!(Answer::Accepted(Version::FIRST).encode(), [0]);
+    }
+
+    #[test]
+    fn versions_that_contradict_each_other_are_refused() {
+        for (oldest, newest) in [(0_u16, 1_u16), (3, 2), (1, 0)] {
+            let mut bytes = Preamble::rpc().encode();
+            bytes[44..46].copy_from_slice(&oldest.to_le_bytes());
+            bytes[46..].copy_from_slice(&newest.to_le_bytes());
+            bytes[40..44].fill(0);
+            let crc = crc32fast::hash(&bytes);
+            bytes[40..44].copy_from_slice(&crc.to_le_bytes());
+            let refused = Err(PreambleError::Versions(oldest, newest));
+            assert_eq!(Preamble::parse(&bytes), refused);
+        }
+        let nothing = Answer::parse(&[0, 0, 0]);
+        assert_eq!(nothing, Answer::Refused("malformed answer".into()));
+    }
+
+    #[test]
+    fn an_answer_reads_back() {
+        for answer in [
+            Answer::Accepted(Version::FIRST),
+            Answer::Accepted(Version::new(700).unwrap()),
+            Answer::Refused("too many".into()),
+        ] {
+            assert_eq!(Answer::parse(&answer.encode()), answer);
         }
     }
 

@@ -9,7 +9,8 @@
 //! guest has seen on the primary's. [`caps`] holds these rules.
 
 use crate::channel::printable;
-use crate::{PAGE_SIZE, PairId, Session, WIRE_VERSION};
+use crate::version::TooFarApart;
+use crate::{PAGE_SIZE, PairId, Session, Version, Versions};
 
 pub mod caps;
 
@@ -22,46 +23,6 @@ const MAX_REASONS: usize = 64;
 
 fn config() -> impl bincode::config::Config {
     bincode::config::standard().with_limit::<LIMIT>()
-}
-
-/// The wire versions a host speaks, both included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Versions {
-    oldest: u16,
-    newest: u16,
-}
-
-impl Versions {
-    /// What this build speaks: N and N−1.
-    pub const OURS: Versions = Versions {
-        oldest: if WIRE_VERSION > 1 {
-            WIRE_VERSION - 1
-        } else {
-            1
-        },
-        newest: WIRE_VERSION,
-    };
-
-    /// A range; `None` unless `1 ≤ oldest ≤ newest`.
-    pub fn new(oldest: u16, newest: u16) -> Option<Versions> {
-        (1 <= oldest && oldest <= newest).then_some(Versions { oldest, newest })
-    }
-
-    /// The newest version both speak.
-    pub fn common(self, other: Versions) -> Option<u16> {
-        let newest = self.newest.min(other.newest);
-        (newest >= self.oldest.max(other.oldest)).then_some(newest)
-    }
-}
-
-impl std::fmt::Display for Versions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.oldest == self.newest {
-            write!(f, "wire version {}", self.newest)
-        } else {
-            write!(f, "wire versions {} to {}", self.oldest, self.newest)
-        }
-    }
 }
 
 /// Which part a side plays in the session.
@@ -131,15 +92,8 @@ pub enum HelloError {
     #[error("malformed versions in the peer's hello")]
     Versions,
     /// The peer speaks no version this build speaks.
-    #[error(
-        "the peer speaks {theirs}, this host {ours}: upgrade the older host; hosts may be one wire version apart, no more"
-    )]
-    NoCommonVersion {
-        /// What the peer speaks.
-        theirs: Versions,
-        /// What this build speaks.
-        ours: Versions,
-    },
+    #[error(transparent)]
+    NoCommonVersion(#[from] TooFarApart),
     /// The rest does not decode.
     #[error("malformed hello or verdict: {0}")]
     Malformed(String),
@@ -155,7 +109,7 @@ impl Hello {
     /// This build's hello.
     pub fn ours(host: String, caps: HostCaps, vm: Option<VmHello>) -> Hello {
         Hello {
-            versions: Versions::OURS,
+            versions: Versions::ours(),
             body: Body { host, caps, vm },
         }
     }
@@ -166,8 +120,8 @@ impl Hello {
     /// It does not fit one message.
     pub fn encode(&self) -> Result<Vec<u8>, HelloError> {
         let mut out = Vec::with_capacity(4096);
-        out.extend_from_slice(&self.versions.oldest.to_le_bytes());
-        out.extend_from_slice(&self.versions.newest.to_le_bytes());
+        out.extend_from_slice(&self.versions.oldest().number().to_le_bytes());
+        out.extend_from_slice(&self.versions.newest().number().to_le_bytes());
         let body = bincode::encode_to_vec(&self.body, config())
             .map_err(|e| HelloError::TooLarge(e.to_string()))?;
         if body.len() > LIMIT {
@@ -189,7 +143,7 @@ impl Hello {
         let theirs = Versions::new(u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d]))
             .ok_or(HelloError::Versions)?;
         if ours.common(theirs).is_none() {
-            return Err(HelloError::NoCommonVersion { theirs, ours });
+            return Err(TooFarApart { theirs, ours }.into());
         }
         let body: Body = decode(body)?;
         if body.host.is_empty()
@@ -227,8 +181,9 @@ fn decode<T: bincode::Decode<()>>(bytes: &[u8]) -> Result<T, HelloError> {
 /// What both sides will use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Negotiated {
-    /// The wire version.
-    pub version: u16,
+    /// The wire version. A connection has settled on it before ([`crate::channel`]) unless one side is a
+    /// build of version 1, which says what it speaks only here.
+    pub version: Version,
 }
 
 /// Why two hosts cannot be a pair. One entry per difference, for people.

@@ -4,6 +4,7 @@
 //!
 //! - [`ids`]: who speaks (pair, side, generation, incarnation, epoch);
 //! - [`record`]: who may run, as the arbiter knows it; [`word`]: what the hosts agree on without one;
+//! - [`version`]: which versions of all this a build speaks;
 //! - [`records`]: what travels with an epoch besides memory;
 //! - [`state`]: a machine's saved state as tagged, versioned blocks;
 //! - [`frame`], [`channel`], [`hello`]: how a connection opens: what it is for, and whether the
@@ -28,13 +29,15 @@ pub mod records;
 pub mod resync;
 pub mod state;
 pub mod stream;
+pub mod version;
 pub mod word;
 
 pub use aligned::PageAligned;
 pub use ids::{EpochId, Generation, Incarnation, MachineId, PairId, Session, Side};
+pub use version::{Version, Versions};
 
 /// Size of a guest page, bytes. The handshake refuses a host that uses another size.
 pub const PAGE_SIZE: usize = 4096;
 
-/// The wire version this build speaks. A host speaks this and the one before.
-pub const WIRE_VERSION: u16 = 1;
+/// The newest wire version of this source. What a build speaks is [`Versions::ours`].
+pub const WIRE_VERSION: Version = Version::SECOND;

@@ -5,9 +5,12 @@
 //! always on the holder's other side, a stopped pair has no holder, and only a protected one has a
 //! shadow. The rules themselves are `ax_arbiter::rules`.
 
+mod codec;
+
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+pub use self::codec::SideOf;
 use crate::ids::{EpochId, Generation, Incarnation, MachineId, PairId, Side};
 
 /// One process of one side: the only thing that is ever granted anything.
@@ -96,7 +99,8 @@ pub enum State {
     },
 }
 
-/// Which machine is which side, as far as it has been said. A machine that was replaced is no side any more.
+/// Which machine is which side, from the first time on that a machine was replaced; before, any may be. One that
+/// was replaced is no side any more.
 #[derive(
     Clone,
     Copy,
@@ -121,6 +125,11 @@ impl Machines {
         known.is_some() && known != machine
     }
 
+    /// True when this machine is known to be that side.
+    pub fn name(self, side: Side, machine: MachineId) -> bool {
+        self.0[side as usize] == Some(machine)
+    }
+
     /// The same, with this machine as that side, if it says which it is.
     #[must_use]
     pub fn with(mut self, side: Side, machine: Option<MachineId>) -> Machines {
@@ -128,12 +137,16 @@ impl Machines {
         *known = machine.or(*known);
         self
     }
+
+    /// No machine was ever replaced.
+    pub fn are_unnamed(&self) -> bool {
+        *self == Machines::default()
+    }
 }
 
-/// The arbiter's record of a pair.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
-)]
+/// The arbiter's record of a pair. Its binary form without machines is that of builds which know of none
+/// (decisions/0024): they read it, and refuse one that has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Record {
     /// Counts changes.
     pub generation: Generation,
@@ -144,7 +157,7 @@ pub struct Record {
     /// What holds.
     pub state: State,
     /// Which machines the sides are.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Machines::are_unnamed")]
     pub machines: Machines,
 }
 
@@ -199,16 +212,16 @@ pub enum Change {
     },
 }
 
-/// One side's request to change the record of a pair.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
-)]
+/// One side's request to change the record of a pair. Its binary form without a machine is that of builds
+/// which know of none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Request {
     /// Which pair.
     pub pair: PairId,
     /// Who asks.
     pub caller: Member,
-    /// On which machine; none where it has not been told.
+    /// On which machine; none where it has not been told, or is not understood.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineId>,
     /// The generation it knows.
     pub from: Generation,

@@ -15,7 +15,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes, little_endian};
 
-use crate::{EpochId, Generation, Incarnation, PAGE_SIZE, PairId, Session, WIRE_VERSION};
+use crate::{EpochId, Generation, Incarnation, PAGE_SIZE, PairId, Session, Version};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"AXep");
 
@@ -102,6 +102,8 @@ const COVERED: usize = HEADER - 4;
 /// A frame's header, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// The wire version, that of its connection.
+    pub version: Version,
     /// What the frame is.
     pub kind: FrameKind,
     /// The sender's session (rule 5).
@@ -122,11 +124,14 @@ pub enum FrameError {
     /// The first four bytes are wrong.
     #[error("not a frame of the epoch stream (magic {0:#010x})")]
     Magic(u32),
-    /// A wire version this build does not speak.
-    #[error(
-        "wire version {0}; this host speaks {WIRE_VERSION} and the one before: update the older host"
-    )]
-    Version(u16),
+    /// Not in the wire version of its connection.
+    #[error("a frame of wire version {got} on a connection of wire version {spoken}")]
+    Version {
+        /// The connection's.
+        spoken: Version,
+        /// The frame's.
+        got: u16,
+    },
     /// The header's CRC32 is wrong.
     #[error("frame {0}: header fails its CRC32")]
     HeaderCrc(u32),
@@ -175,17 +180,12 @@ pub enum FrameError {
     },
 }
 
-/// True for the wire versions a build of [`WIRE_VERSION`] speaks: this one and the one before.
-pub const fn speaks(version: u16) -> bool {
-    version >= 1 && (version == WIRE_VERSION || version + 1 == WIRE_VERSION)
-}
-
 impl Header {
     /// The header's 64 bytes.
     pub fn to_bytes(&self) -> [u8; HEADER] {
         let mut raw = RawHeader {
             magic: MAGIC.into(),
-            version: WIRE_VERSION.into(),
+            version: self.version.number().into(),
             kind: self.kind as u8,
             zero: 0,
             pair: self.session.pair.0,
@@ -201,17 +201,21 @@ impl Header {
         zerocopy::transmute!(raw)
     }
 
-    /// Reads a header. The session is the caller's to compare ([`Header::of_session`]).
+    /// Reads a header on a connection of this version. The session is the caller's to compare
+    /// ([`Header::of_session`]).
     ///
     /// # Errors
     /// [`FrameError`], the first that applies in the order magic, version, CRC, kind, length.
-    pub fn parse(bytes: &[u8; HEADER]) -> Result<Header, FrameError> {
+    pub fn parse(bytes: &[u8; HEADER], version: Version) -> Result<Header, FrameError> {
         let raw: RawHeader = zerocopy::transmute!(*bytes);
         if raw.magic.get() != MAGIC {
             return Err(FrameError::Magic(raw.magic.get()));
         }
-        if !speaks(raw.version.get()) {
-            return Err(FrameError::Version(raw.version.get()));
+        if raw.version.get() != version.number() {
+            return Err(FrameError::Version {
+                spoken: version,
+                got: raw.version.get(),
+            });
         }
         if crc32fast::hash(&bytes[..COVERED]) != raw.header_crc.get() {
             return Err(FrameError::HeaderCrc(raw.number.get()));
@@ -223,6 +227,7 @@ impl Header {
             return Err(FrameError::TooLong { kind, len });
         }
         Ok(Header {
+            version,
             kind,
             session: Session {
                 pair: PairId(raw.pair),
@@ -321,7 +326,7 @@ pub struct Resume {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub struct Progress {
-    /// Last epoch applied.
+    /// Last epoch applied, its disk writes included.
     pub applied: little_endian::U64,
     /// Last epoch whose disk writes are durable on the shadow's disks.
     pub durable: little_endian::U64,
@@ -447,10 +452,12 @@ impl<'a> Iterator for Runs<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::WIRE_VERSION;
     use proptest::prelude::*;
 
     fn header() -> Header {
         Header {
+            version: WIRE_VERSION,
             kind: FrameKind::Pages,
             session: Session {
                 pair: PairId([7; 16]),
@@ -467,7 +474,7 @@ mod tests {
     #[test]
     fn a_header_is_at_most_64_bytes_and_reads_back() {
         const { assert!(HEADER <= 64) };
-        let read = Header::parse(&header().to_bytes()).unwrap();
+        let read = Header::parse(&header().to_bytes(), WIRE_VERSION).unwrap();
         assert_eq!(read, header());
         read.check(b"hello").unwrap();
         assert!(read.check(b"hellp").is_err());
@@ -480,18 +487,21 @@ mod tests {
         let with = |at: usize, value: u8| {
             let mut bytes = bytes;
             bytes[at] = value;
-            Header::parse(&bytes).unwrap_err()
+            Header::parse(&bytes, WIRE_VERSION).unwrap_err()
         };
         let resealed = |change: &dyn Fn(&mut [u8; HEADER])| {
             let mut bytes = bytes;
             change(&mut bytes);
             let crc = crc32fast::hash(&bytes[..COVERED]).to_le_bytes();
             bytes[COVERED..].copy_from_slice(&crc);
-            Header::parse(&bytes).unwrap_err()
+            Header::parse(&bytes, WIRE_VERSION).unwrap_err()
         };
         assert!(matches!(with(0, 0), FrameError::Magic(_)));
-        assert!(matches!(with(4, 77), FrameError::Version(77)));
-        assert!(matches!(with(4, 0), FrameError::Version(0)));
+        for other in [0, 77, WIRE_VERSION.number() as u8 + 1] {
+            let spoken = WIRE_VERSION;
+            let got = u16::from(other);
+            assert_eq!(with(4, other), FrameError::Version { spoken, got });
+        }
         assert!(matches!(with(30, 1), FrameError::HeaderCrc(4)));
         assert!(matches!(resealed(&|b| b[6] = 99), FrameError::Kind(99)));
         assert!(matches!(
@@ -533,9 +543,9 @@ mod tests {
         ) {
             let mut bytes = [0; HEADER];
             bytes[..32].copy_from_slice(&header);
-            let _ = Header::parse(&bytes);
+            let _ = Header::parse(&bytes, WIRE_VERSION);
             bytes[..4].copy_from_slice(b"AXep");
-            let _ = Header::parse(&bytes);
+            let _ = Header::parse(&bytes, WIRE_VERSION);
             Runs::new(&payload).for_each(drop);
             let _ = body::<EpochBegin>(FrameKind::EpochBegin, &payload);
             let _ = body::<Refusal>(FrameKind::Refuse, &payload);
@@ -545,7 +555,7 @@ mod tests {
         fn any_flipped_header_bit_is_found(at in 0usize..HEADER, bit in 0u8..8) {
             let mut bytes = header().to_bytes();
             bytes[at] ^= 1 << bit;
-            prop_assert!(Header::parse(&bytes).is_err());
+            prop_assert!(Header::parse(&bytes, WIRE_VERSION).is_err());
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use ax_api::host::STOP_TIMEOUT_S;
 use ax_api::units::Bytes;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -28,7 +29,8 @@ Exit codes:
   9   a disk image is missing, in use or of another size
   10  a tap, address or port cannot be used
   11  not enough memory
-  12  the arbiter refused or cannot be reached";
+  12  the arbiter refused or cannot be reached
+  13  stopped, but the guest did not shut itself down in time";
 
 /// Fault-tolerant virtual machines: start, watch, move, stop.
 #[derive(Debug, Parser)]
@@ -216,11 +218,24 @@ pub enum Command {
         #[arg(long, conflicts_with_all = ["host", "back"])]
         none: bool,
     },
-    /// Stop a VM in order: both sides know it ended and how.
+    /// Stop a VM: its guest is asked to shut itself down, by its power button, and stopped all the same if it does not.
+    ///
+    /// Either way both sides know that it ended and how. A guest that does not listen to its power button, or is
+    /// paused, is stopped at once. Exit code 13 says that a guest which was asked did not shut itself down in time.
+    #[command(after_help = "\
+Examples:
+  axvm stop web                 a minute to shut down, then it is stopped
+  axvm stop db --timeout 600    ten minutes
+  axvm stop web --timeout 0     not asked, but in order
+  axvm stop web --force         its processes are ended, as by a crash")]
     Stop {
         /// Its name.
         name: String,
-        /// End its processes at once, on both hosts.
+        /// How long its guest has to shut itself down, seconds; 0: it is not asked.
+        #[arg(long, value_name = "SECONDS", default_value_t = STOP_TIMEOUT_S, conflicts_with = "force",
+            value_parser = clap::value_parser!(u64).range(..=86_400))]
+        timeout: u64,
+        /// End its processes at once, on both hosts, without a record.
         #[arg(long)]
         force: bool,
     },

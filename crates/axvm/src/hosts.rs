@@ -76,7 +76,10 @@ pub fn details(host: &HostReport) -> String {
     if host.reachable {
         let [total, available] = host.memory.map(|bytes| Bytes(bytes >> 20 << 20));
         lines.extend([
-            ("axd", host.version.clone()),
+            (
+                "axd",
+                format!("{}, wire version {}", host.version, host.wire),
+            ),
             ("memory", format!("{available} of {total} available")),
             ("runs", names(&host.runs)),
             ("shadows", names(&host.shadows)),

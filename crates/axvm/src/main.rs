@@ -90,7 +90,15 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
             name,
             preferred: describe::preferred(host, back),
         },
-        Command::Stop { name, force } => Request::Stop { name, force },
+        Command::Stop {
+            name,
+            timeout,
+            force,
+        } => Request::Stop {
+            name,
+            force,
+            timeout_s: timeout,
+        },
         Command::Reboot { name } => Request::Reboot { name },
         Command::Pause { name } => Request::Pause { name },
         Command::Resume {

@@ -2,6 +2,7 @@
 //! failures to standard error; with JSON a failure is a document on standard output too.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::io::IsTerminal;
 
 use ax_api::host::{Code, HostEvent, HostWhat, PeerReport, Reply, VmReport};
@@ -265,6 +266,8 @@ fn details(report: &VmReport) -> String {
     if !report.arbiter.is_empty() {
         lines.push(("arbiter", report.arbiter.clone()));
     }
+    let wires = report.processes.iter().filter_map(|p| p.status.as_ref());
+    let wires: BTreeSet<u16> = wires.map(|status| status.wire).collect();
     for process in &report.processes {
         let what = match &process.status {
             None => "does not answer".to_owned(),
@@ -274,7 +277,7 @@ fn details(report: &VmReport) -> String {
                     Role::Shadow => "shadow",
                 };
                 format!(
-                    "{role}, {}, generation {}, epoch {} ({:.0}/s), pause p50/p99 {}/{} us, commit {}/{} us, pages {}/{}, link {:.1} MB/s",
+                    "{role}, {}, generation {}, epoch {} ({:.0}/s), pause p50/p99 {}/{} us, commit {}/{} us, pages {}/{}, link {:.1} MB/s{}",
                     phase_text(&s.phase),
                     s.generation.0,
                     s.epoch,
@@ -286,6 +289,11 @@ fn details(report: &VmReport) -> String {
                     s.pages[0],
                     s.pages[1],
                     s.link_bytes_per_second as f64 / 1e6,
+                    // In an upgrade: which of the two is to be started anew.
+                    match wires.len() {
+                        0 | 1 => String::new(),
+                        _ => format!(", wire version {}", s.wire),
+                    },
                 )
             }
         };
@@ -317,8 +325,12 @@ fn phase_text(phase: &Phase) -> String {
         Phase::FailingOver => "failing over".to_owned(),
         Phase::Paused => "paused".to_owned(),
         Phase::Ending => "ending".to_owned(),
+        Phase::Other => "in a phase that this axvm is too old to know".to_owned(),
     }
 }
+
+/// In an upgrade, of a build one version on.
+const UNKNOWN_EVENT: &str = "something that this axvm is too old to know";
 
 fn event_line(event: &HostEvent) -> String {
     let what = match &event.what {
@@ -355,7 +367,9 @@ fn event_line(event: &HostEvent) -> String {
             What::DiskFails { why } => format!("a disk of this host fails: {why}"),
             What::DiskWorks { disk } => format!("the disk works again: {disk}"),
             What::Note { text } => text.clone(),
+            What::Other => UNKNOWN_EVENT.to_owned(),
         },
+        HostWhat::Other => UNKNOWN_EVENT.to_owned(),
     };
     let vm = event.vm.as_deref().unwrap_or("-");
     format!("{} {} {vm}: {what}", utc(event.at_ms), event.host)

@@ -126,6 +126,7 @@ fn the_help_is_as_it_was() {
     for (name, args) in [
         ("help.txt", &["--help"][..]),
         ("start-help.txt", &["start", "--help"]),
+        ("stop-help.txt", &["stop", "--help"]),
     ] {
         let (code, text, _) = told(&axvm(args).output().unwrap());
         assert_eq!(code, 0);
@@ -154,6 +155,7 @@ fn every_failure_has_its_exit_code() {
         (Network, 10),
         (Memory, 11),
         (Arbiter, 12),
+        (Forced, 13),
     ];
     let fails = |code| {
         let why = "because".to_owned();

@@ -3,6 +3,8 @@
 use alloc::vec::Vec;
 use core::net::Ipv4Addr;
 
+use crate::command::Button;
+
 /// One `virtio_mmio.device=SIZE@ADDR:IRQ` item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
@@ -33,6 +35,8 @@ pub struct Cmdline {
     pub gateway: Option<Ipv4Addr>,
     /// `cpus=`: how many CPUs to run on, 1 to 8.
     pub cpus: usize,
+    /// `button=`: what it does when its power button is pressed.
+    pub button: Button,
     /// `quiet`: nothing on the console but answers, panics and the ready line.
     pub quiet: bool,
 }
@@ -52,6 +56,7 @@ impl Cmdline {
             ips: Vec::new(),
             gateway: None,
             cpus: 1,
+            button: Button::Unheard,
             quiet: false,
         };
         for word in text.split_ascii_whitespace() {
@@ -71,6 +76,7 @@ impl Cmdline {
                         it.cpus = n.clamp(1, MAX_CPUS);
                     }
                 }
+                "button" => it.button = Button::parse(value).unwrap_or(it.button),
                 "quiet" => it.quiet = true,
                 _ => {}
             }
@@ -113,7 +119,7 @@ mod tests {
     fn reads_what_the_machines_pass() {
         let it = Cmdline::parse(
             "console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 ip=10.77.0.10/16 cpus=4 \
-             virtio_mmio.device=512@0xfeb00e00:12:3 gw=10.77.0.1 quiet ip=10.78.0.2",
+             virtio_mmio.device=512@0xfeb00e00:12:3 gw=10.77.0.1 quiet ip=10.78.0.2 button=poweroff",
         );
         assert_eq!(
             it.windows,
@@ -144,13 +150,14 @@ mod tests {
         );
         assert_eq!(it.gateway, Some(Ipv4Addr::new(10, 77, 0, 1)));
         assert_eq!((it.cpus, it.quiet), (4, true));
+        assert_eq!(it.button, Button::Poweroff);
     }
 
     #[test]
     fn ignores_what_it_cannot_use() {
         let it = Cmdline::parse(
             "virtio_mmio.device=4K@0x1000:5 virtio_mmio.device=4K@0xd0000000:99 \
-             virtio_mmio.device=x ip=1.2.3/8 ip=1.2.3.4/33 cpus=lots gw=no",
+             virtio_mmio.device=x ip=1.2.3/8 ip=1.2.3.4/33 cpus=lots gw=no button=loud",
         );
         assert_eq!(it, Cmdline::parse(""));
         assert_eq!(Cmdline::parse("cpus=400").cpus, MAX_CPUS);

@@ -3,6 +3,34 @@
 /// Most bytes in a command line.
 pub const MAX_LINE: usize = 512;
 
+/// What the guest does when its power button is pressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Button {
+    /// It does not listen to it.
+    Unheard,
+    /// Records what it has been asked to, then the word `button` in the ledger, and switches itself off.
+    Poweroff,
+    /// Acknowledges the press and goes on.
+    Ignore,
+    /// Resets itself.
+    Reboot,
+}
+
+impl Button {
+    /// Reads its name.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        let is = |word: &str| name.eq_ignore_ascii_case(word);
+        match () {
+            () if is("unheard") => Some(Self::Unheard),
+            () if is("poweroff") => Some(Self::Poweroff),
+            () if is("ignore") => Some(Self::Ignore),
+            () if is("reboot") => Some(Self::Reboot),
+            () => None,
+        }
+    }
+}
+
 /// A command of TCP 7001 or of the console. Words are not case-sensitive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command<'a> {
@@ -48,6 +76,8 @@ pub enum Command<'a> {
     Count(u64),
     /// `ECHO <text>`
     Echo(&'a str),
+    /// `BUTTON unheard|poweroff|ignore|reboot`
+    Button(Button),
     /// `POWEROFF`
     Poweroff,
     /// `REBOOT`
@@ -139,6 +169,10 @@ impl<'a> Command<'a> {
             Self::Outsb(n.ok_or(BadCommand::Usage("OUTSB <n>, n at most 4096"))?)
         } else if is("count") {
             Self::Count(number(args.next()).ok_or(BadCommand::Usage("COUNT <n>"))?)
+        } else if is("button") {
+            let button = args.next().and_then(Button::parse);
+            let usage = BadCommand::Usage("BUTTON unheard|poweroff|ignore|reboot");
+            Self::Button(button.ok_or(usage)?)
         } else if is("poweroff") {
             Self::Poweroff
         } else if is("reboot") {
@@ -192,6 +226,14 @@ mod tests {
         );
         assert_eq!(Command::parse("echo a  b c"), Ok(Command::Echo("a  b c")));
         assert_eq!(Command::parse("OUTSB 4096"), Ok(Command::Outsb(4096)));
+        for (line, button) in [
+            ("button poweroff", Button::Poweroff),
+            ("BUTTON Ignore", Button::Ignore),
+            ("BUTTON reboot", Button::Reboot),
+            ("BUTTON unheard", Button::Unheard),
+        ] {
+            assert_eq!(Command::parse(line), Ok(Command::Button(button)));
+        }
     }
 
     #[test]
@@ -208,6 +250,7 @@ mod tests {
         ]
         .into_iter()
         .chain(["OUTSB 4097", "SPIN", "COUNT -1", "CLOCK now", "DISKHASH a"])
+        .chain(["BUTTON", "BUTTON on", "BUTTON ignore it"])
         {
             assert!(
                 matches!(Command::parse(bad), Err(BadCommand::Usage(_))),

@@ -6,6 +6,7 @@
 //! same formats and the formats are tested apart from the machine:
 //!
 //! - [`port`]: where its services listen
+//! - [`acpi`]: the power button, found through the ACPI tables
 //! - [`cmdline`]: the kernel command line the guest understands
 //! - [`command`]: the control protocol (TCP 7001 and the console)
 //! - [`resp`], [`keyspace`]: the RESP parser and the data behind it (TCP 6379)
@@ -17,6 +18,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod acpi;
 pub mod cmdline;
 pub mod command;
 pub mod digest;

@@ -3,7 +3,7 @@
 //! A test of AX reads like a story with four places in it. [`net::Lab`] builds them: two
 //! hosts `a` and `b`, a `witness` and a `client`, each a network, process and mount namespace
 //! of its own, joined by a business network and by dedicated links whose cables can be cut.
-//! [`product`] builds and starts the real programs there, [`site::Site`] sets up a whole pair
+//! [`product`] builds and starts the real programs there, [`builds`] has other versions of them, [`site::Site`] sets up a whole pair
 //! with its witness as a customer would; [`client`] are the oracles that stand
 //! outside and notice a lost, doubled or reordered answer; [`net::Host::kill_all`] is the power
 //! plug, and [`fault`] strikes inside a process, between two steps of an epoch. [`cable`] is a slower
@@ -14,6 +14,7 @@
 //! A test that cannot run here says so by name ([`require_kvm!`], [`require_lab!`]) and is
 //! never counted as passed: see [`skip`].
 
+pub mod builds;
 pub mod cable;
 mod chance;
 pub mod client;

@@ -65,7 +65,7 @@ impl Product {
         Product::within(&dir)
     }
 
-    fn within(dir: &Path) -> Result<Product> {
+    pub(crate) fn within(dir: &Path) -> Result<Product> {
         let program = |name: &str| {
             let path = dir.join(name);
             if path.is_file() {

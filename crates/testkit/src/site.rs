@@ -10,16 +10,19 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::builds::Build;
 use crate::fuse::Disk;
 use crate::net::{Host, Lab, LabSpec, addr};
 use crate::power;
-use crate::product::{Daemon, Product};
+use crate::product::Daemon;
 use crate::{Error, Result};
 
 /// Where axd listens for the other axd.
 pub const AXD_PORT: u16 = 7430;
 /// Where the witness listens.
 pub const WITNESS_PORT: u16 = 7431;
+/// The witness's place among the builds.
+const WITNESS: usize = 2;
 /// Where a second one listens, on the same host.
 const SECOND_WITNESS_PORT: u16 = 7441;
 const SECOND_WITNESS: &str = "0.0.0.0:7441";
@@ -46,6 +49,8 @@ pub struct SiteSpec {
     pub disks: bool,
     /// More lines for the top of both hosts' axd.toml.
     pub extra: String,
+    /// Which build host a, host b and the witness have, to begin with.
+    pub builds: [Build; 3],
 }
 
 impl Default for SiteSpec {
@@ -57,6 +62,7 @@ impl Default for SiteSpec {
             etcd: false,
             disks: false,
             extra: String::new(),
+            builds: [Build::Ours; 3],
         }
     }
 }
@@ -119,7 +125,7 @@ pub struct Site {
     machines: [(&'static str, &'static str); 2],
     /// The hosts and networks.
     pub lab: Lab,
-    product: &'static Product,
+    builds: [Build; 3],
     spec: SiteSpec,
     /// After whatever uses them, before the folder they are mounted in. None where [`SiteSpec::disks`] is not
     /// asked for; of host a, of host b, of the witness.
@@ -135,7 +141,10 @@ impl Site {
     /// # Errors
     /// What of that failed, with the log of the program at fault.
     pub fn new(spec: SiteSpec) -> Result<Site> {
-        let product = Product::get()?;
+        let builds = spec.builds;
+        for build in builds {
+            build.product()?;
+        }
         let dir = tempfile::Builder::new()
             .prefix("ax")
             .tempdir()
@@ -156,7 +165,7 @@ impl Site {
             axd: [None, None],
             machines: [("a", "a"), ("b", "b")],
             lab,
-            product,
+            builds,
             spec,
             disks,
             dir,
@@ -268,9 +277,9 @@ impl Site {
             .collect();
         let at = SocketAddr::from((ip, PAIRING_PORT));
         self.exchange_as(
-            (self.host(other), &stays),
+            (self.host(other), self.builds[other as usize], &stays),
             at,
-            (self.host(side), &comes),
+            (self.host(side), self.builds[side as usize], &comes),
             &more,
         )
     }
@@ -283,9 +292,13 @@ impl Site {
         let (w, config) = (self.witness_config(), self.config(side));
         let more: Vec<&str> = old.into_iter().flat_map(|old| ["--replace", old]).collect();
         let at = SocketAddr::from((addr::WITNESS, PAIRING_PORT));
-        let user = (self.host(side), config.as_path());
-        self.exchange_as((&self.lab.witness, &w), at, user, &more)
-            .map(drop)
+        let user = (
+            self.host(side),
+            self.builds[side as usize],
+            config.as_path(),
+        );
+        let witness = (&self.lab.witness, self.builds[2], w.as_path());
+        self.exchange_as(witness, at, user, &more).map(drop)
     }
 
     /// The witness's configuration.
@@ -303,6 +316,34 @@ impl Site {
         self.witness.as_mut()
     }
 
+    /// Puts another build in the place of a side's programs: what is started from now on, by hand or by
+    /// another program of that build, is of it. What runs goes on.
+    ///
+    /// # Errors
+    /// It can't be built.
+    pub fn install(&mut self, side: Side, build: Build) -> Result<()> {
+        build.product()?;
+        self.builds[side as usize] = build;
+        Ok(())
+    }
+
+    /// The same on the witness's host.
+    ///
+    /// # Errors
+    /// As [`Site::install`].
+    pub fn install_on_witness(&mut self, build: Build) -> Result<()> {
+        build.product()?;
+        self.builds[WITNESS] = build;
+        Ok(())
+    }
+
+    /// `axd` of a build, on a host.
+    fn axd_of(&self, host: &Host, build: Build) -> Result<Command> {
+        let mut command = host.command(&build.product()?.axd);
+        command.envs(build.variable());
+        Ok(command)
+    }
+
     /// Starts a side's axd, anew if one ran before, and waits until it takes orders.
     ///
     /// # Errors
@@ -312,7 +353,7 @@ impl Site {
         drop(slot.take());
         let config = self.config(side);
         self.wait_for_end(side, &config)?;
-        let mut command = self.host(side).command(&self.product.axd);
+        let mut command = self.axd_of(self.host(side), self.builds[side as usize])?;
         command.arg("--config").arg(&config);
         command.env(ax_failpoint::VAR, self.orders(side));
         let name = format!("axd on host {}", side.name());
@@ -376,9 +417,10 @@ impl Site {
         }
         drop(self.witness.take());
         let config = self.witness_config();
-        let args = ["witness".as_ref(), "--config".as_ref(), config.as_os_str()];
-        let daemon = Daemon::on(&self.lab.witness, &self.product.axd, args, self.dir.path())?;
-        self.witness = Some(daemon);
+        let mut command = self.axd_of(&self.lab.witness, self.builds[WITNESS])?;
+        command.args(["witness".as_ref(), "--config".as_ref(), config.as_os_str()]);
+        let log = self.dir.path().join("witness-axd.log");
+        self.witness = Some(Daemon::start("axd on host witness", command, log)?);
         self.wait_for_witness("axd witness", WITNESS_PORT)
     }
 
@@ -403,7 +445,10 @@ impl Site {
         ];
         let logs = self.dir.path().join("second");
         self.make_dir(&logs)?;
-        let daemon = Daemon::on(&self.lab.witness, &self.product.axd, args, &logs)?;
+        let mut command = self.axd_of(&self.lab.witness, self.builds[WITNESS])?;
+        command.args(args);
+        let log = logs.join("witness-axd.log");
+        let daemon = Daemon::start("second axd on host witness", command, log)?;
         let port = SECOND_WITNESS_PORT;
         self.second = Some(daemon);
         self.wait_for_witness("the second axd witness", port)
@@ -501,7 +546,10 @@ impl Site {
 
     /// `axvm` on a side's host, talking to that side's axd; arguments are to be added.
     pub fn axvm(&self, side: Side) -> Command {
-        let mut command = self.host(side).command(&self.product.axvm);
+        let product = self.builds[side as usize].product();
+        // Built when it was installed.
+        let program = product.map_or(Path::new("axvm"), |product| &product.axvm);
+        let mut command = self.host(side).command(program);
         command
             .arg("--socket")
             .arg(self.socket(side))
@@ -626,12 +674,15 @@ impl Site {
     fn pair(&self) -> Result<()> {
         let (a, b) = (self.config(Side::A), self.config(Side::B));
         let at = |ip| SocketAddr::from((ip, PAIRING_PORT));
-        self.exchange((&self.lab.a, &a), at(addr::A), (&self.lab.b, &b))?;
+        let [of_a, of_b, of_w] = self.builds;
+        let (a, b) = ((&self.lab.a, of_a, &*a), (&self.lab.b, of_b, &*b));
+        self.exchange(a, at(addr::A), b)?;
         if self.spec.witness {
             let w = self.witness_config();
             let at = at(addr::WITNESS);
-            self.exchange((&self.lab.witness, &w), at, (&self.lab.a, &a))?;
-            self.exchange((&self.lab.witness, &w), at, (&self.lab.b, &b))?;
+            let w = (&self.lab.witness, of_w, &*w);
+            self.exchange(w, at, a)?;
+            self.exchange(w, at, b)?;
         }
         Ok(())
     }
@@ -639,9 +690,9 @@ impl Site {
     /// One side prints a one-time token, the other uses it.
     fn exchange(
         &self,
-        listener: (&Host, &Path),
+        listener: (&Host, Build, &Path),
         at: SocketAddr,
-        user: (&Host, &Path),
+        user: (&Host, Build, &Path),
     ) -> Result<()> {
         self.exchange_as(listener, at, user, &[]).map(drop)
     }
@@ -649,12 +700,12 @@ impl Site {
     /// The same with more arguments on the printing side; what that said.
     fn exchange_as(
         &self,
-        listener: (&Host, &Path),
+        listener: (&Host, Build, &Path),
         at: SocketAddr,
-        user: (&Host, &Path),
+        user: (&Host, Build, &Path),
         more: &[&str],
     ) -> Result<String> {
-        let pair = |(_, config): (&Host, &Path)| {
+        let pair = |(_, _, config): (&Host, Build, &Path)| {
             [
                 "pair".into(),
                 "--config".into(),
@@ -667,7 +718,7 @@ impl Site {
             .join(format!("pair-{}-{}.log", listener.0.name(), user.0.name()));
         // The token of an earlier time is not this one's.
         let _ = fs::remove_file(&log);
-        let mut command = listener.0.command(&self.product.axd);
+        let mut command = self.axd_of(listener.0, listener.1)?;
         command
             .args(pair(listener))
             .arg("--listen")
@@ -690,7 +741,7 @@ impl Site {
             }
             std::thread::sleep(Duration::from_millis(5));
         };
-        let mut command = user.0.command(&self.product.axd);
+        let mut command = self.axd_of(user.0, user.1)?;
         command
             .args(pair(user))
             .arg("--token")

@@ -10,6 +10,7 @@
 
 mod cables;
 mod fault;
+mod silent;
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde::Serialize;
 use testkit::Chance;
-use testkit::client::{Oracle, Origin, incr, ledger, nonce, port, udp};
+use testkit::client::{Oracle, Origin, Samples, incr, ledger, nonce, port, udp};
 use testkit::fuse::Disk;
 use testkit::net::{GUEST, Late, Senders, addr, isolate, late};
 use testkit::site::{Side, Site, SiteSpec};
@@ -33,6 +34,8 @@ const BEFORE: Duration = Duration::from_millis(400);
 const WITHIN_MS: u64 = 600;
 /// Answers every client must get once the fault is over.
 const ANSWERS: u64 = 30;
+/// By then a host that is silenced says nothing any more; what goes out just before may be answered.
+const SILENCED: Duration = Duration::from_millis(50);
 /// How long the guest may take to answer again, and to be protected again.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// The VM's name.
@@ -62,11 +65,50 @@ pub struct Options {
     keep: bool,
 }
 
+/// Milliseconds, by nearest rank.
 #[derive(Debug, Default, Serialize)]
 struct Blackout {
     p50: f64,
     p99: f64,
     max: f64,
+}
+
+impl Blackout {
+    fn of(mut all: Vec<f64>) -> Blackout {
+        all.sort_by(f64::total_cmp);
+        let at = |share: f64| {
+            let last = all.len().saturating_sub(1);
+            let place = (last as f64 * share).ceil() as usize;
+            all.get(place).copied().unwrap_or(0.0)
+        };
+        Blackout {
+            p50: at(0.5),
+            p99: at(0.99),
+            max: at(1.0),
+        }
+    }
+}
+
+/// How long a silent host was felt, from its last answer to the first of the guest afterwards.
+#[derive(Debug, Serialize)]
+struct SilentHosts {
+    runs: usize,
+    /// UDP echo, a request every 2 ms.
+    udp_ms: Blackout,
+    /// INCR, over one TCP connection: what the silent host alone has heard is sent again by the client's kernel.
+    tcp_ms: Blackout,
+}
+
+impl SilentHosts {
+    fn of(silences: Vec<(f64, f64)>) -> Option<SilentHosts> {
+        let runs = silences.len();
+        let (udp, tcp) = silences.into_iter().unzip();
+        (runs > 0).then(|| SilentHosts {
+            runs,
+            udp_ms: Blackout::of(udp),
+            tcp_ms: Blackout::of(tcp),
+        })
+    }
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -75,6 +117,8 @@ struct Summary {
     violations: u64,
     not_reprotected: u64,
     blackout_ms: Blackout,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    silent_hosts: Option<SilentHosts>,
 }
 
 /// Runs the campaign.
@@ -129,15 +173,18 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
         runs: options.runs,
         ..Summary::default()
     };
-    let mut blackouts = Vec::new();
+    let (mut blackouts, mut silences) = (Vec::new(), Vec::new());
     for n in 1..=options.runs {
         let pick = chance.below(faults.len() as u64) as usize;
         let fault = faults.get(pick).copied().unwrap_or(Fault::KillPrimary);
         let began = Instant::now();
         let outcome = one(&mut site, fault, n, &mut chance)?;
-        let gap = outcome
+        let mut gap = outcome
             .blackout_ms
             .map_or(String::new(), |ms| format!(", silent {ms:.0} ms"));
+        if let Some((udp, tcp)) = outcome.silence_ms {
+            gap += &format!(", at the fault {udp:.0} ms (UDP) {tcp:.0} ms (TCP)");
+        }
         eprintln!(
             "{n:4} {:<28} {:6.1} s{gap}{}",
             fault.name(),
@@ -153,6 +200,7 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
         }
         summary.violations += outcome.violations.len() as u64;
         blackouts.extend(outcome.blackout_ms);
+        silences.extend(outcome.silence_ms);
         if !outcome.protected {
             summary.not_reprotected += 1;
             eprintln!("     NOT PROTECTED AGAIN: {}", outcome.state);
@@ -171,17 +219,8 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
     if options.keep {
         eprintln!("kept in {}", site.keep_dir().display());
     }
-    blackouts.sort_by(f64::total_cmp);
-    let at = |share: f64| {
-        let last = blackouts.len().saturating_sub(1);
-        let place = (last as f64 * share).ceil() as usize;
-        blackouts.get(place).copied().unwrap_or(0.0)
-    };
-    summary.blackout_ms = Blackout {
-        p50: at(0.5),
-        p99: at(0.99),
-        max: at(1.0),
-    };
+    summary.blackout_ms = Blackout::of(blackouts);
+    summary.silent_hosts = SilentHosts::of(silences);
     let line = serde_json::to_string(&summary).map_err(|e| Error::Failed(e.to_string()))?;
     match options.json {
         true => println!("{line}"),
@@ -218,6 +257,8 @@ struct Outcome {
     state: String,
     /// The longest silence of the UDP echo, where the fault is one that is to be hidden.
     blackout_ms: Option<f64>,
+    /// The silences of UDP echo and INCR that a host's silence began.
+    silence_ms: Option<(f64, f64)>,
 }
 
 struct Clients {
@@ -262,13 +303,19 @@ impl Clients {
     }
 
     /// Judges what they saw.
-    fn judge(self, cost: Cost, outcome: &mut Outcome) -> Result<(), Error> {
+    fn judge(self, fault: Fault, struck: Instant, outcome: &mut Outcome) -> Result<(), Error> {
+        let cost = fault.cost();
         let ledger = self.ledger.stop()?;
         let incr = self.incr.stop()?;
         let nonce = self.nonce.stop()?;
         let udp = self.udp.stop()?;
         if cost == Cost::Hidden {
             outcome.blackout_ms = Some(udp.samples.longest_gap(None).ms());
+        }
+        if fault.is_silence_of_a_host() {
+            let within = struck..struck + SILENCED;
+            let felt = |samples: &Samples| samples.longest_gap_during(within.clone()).ms();
+            outcome.silence_ms = Some((felt(&udp.samples), felt(&incr.samples)));
         }
         let verdict = &ledger.verdict;
         if verdict.lost + verdict.reordered > 0 {
@@ -307,7 +354,9 @@ fn one(site: &mut Site, fault: Fault, n: u32, chance: &mut Chance) -> Result<Out
     let clients = Clients::start(site, n)?;
     let wait = BEFORE + Duration::from_millis(chance.below(WITHIN_MS));
     std::thread::sleep(wait);
-    fault.strike(site, chance)?;
+    let home = fault::home(site)?;
+    let struck = Instant::now();
+    fault.strike(home, site, chance)?;
     if fault.cost() == Cost::Memory {
         start_anew(site)?;
     }
@@ -316,7 +365,7 @@ fn one(site: &mut Site, fault: Fault, n: u32, chance: &mut Chance) -> Result<Out
     match answered {
         Ok(()) => {
             clients.go_on()?;
-            clients.judge(fault.cost(), &mut outcome)?;
+            clients.judge(fault, struck, &mut outcome)?;
         }
         Err(e) => {
             outcome

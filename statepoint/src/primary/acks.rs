@@ -168,7 +168,9 @@ fn step(
 fn note(shared: &Shared, events: &dyn PrimaryEvents, progress: &Progress) {
     let acked = shared.acked.load(Ordering::Acquire);
     let applied = progress.applied.get().min(acked);
-    shared.applied.fetch_max(applied, Ordering::AcqRel);
+    if shared.applied.fetch_max(applied, Ordering::AcqRel) < applied {
+        events.applied(EpochId(applied));
+    }
     let durable = progress.durable.get().min(acked);
     if shared.durable.fetch_max(durable, Ordering::AcqRel) < durable {
         events.durable(EpochId(durable));

@@ -96,6 +96,10 @@ pub trait PrimaryEvents: Send + Sync {
     /// An epoch is committed and its outputs were offered for release. From the reading thread.
     fn committed(&self, _epoch: EpochId) {}
 
+    /// The shadow has applied the epochs up to this one, which is committed, to memory and disks. From the
+    /// reading thread.
+    fn applied(&self, _epoch: EpochId) {}
+
     /// The shadow's disks are durable up to this epoch, which is committed. From the reading thread.
     fn durable(&self, _epoch: EpochId) {}
 

@@ -50,8 +50,8 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
     fn connection(&mut self, link: PrimaryLink) -> Result<Ended, PrimaryError> {
         // A generation granted since is told again on every connection: the last one may have ended
         // before the shadow heard of it.
-        let mut writer = FrameWriter::new(link.forward, self.shared.session);
-        let mut reader = FrameReader::new(link.backward);
+        let mut writer = FrameWriter::new(link.forward, self.shared.session, link.version);
+        let mut reader = FrameReader::new(link.backward, link.version);
         if self.shared.stop.load(Ordering::Acquire) {
             (link.close)();
             return Ok(Ended::Stopped);

@@ -72,8 +72,10 @@ impl Shared {
     }
 
     pub fn progress(&self) -> Progress {
+        let in_memory = self.applied.load(Ordering::Acquire);
+        let on_disk = self.on_disk.load(Ordering::Acquire);
         Progress {
-            applied: self.applied.load(Ordering::Acquire).into(),
+            applied: in_memory.min(on_disk).into(),
             durable: self.durable.load(Ordering::Acquire).into(),
         }
     }
@@ -115,7 +117,7 @@ pub(super) fn run<G: ShadowGuest, S: ShadowSink>(
     sink: &Mutex<&mut S>,
 ) {
     let mut scratch = Vec::new();
-    let mut told = shared.applied.load(Ordering::Acquire);
+    let mut told = shared.progress().applied.get();
     let mut stages = shared.stages.lock();
     loop {
         let Some(mut stage) = stages.ready.pop_front() else {
@@ -173,9 +175,13 @@ fn flip_a_bit<G: ShadowGuest>(guest: &mut G) -> Result<(), GuestError> {
 
 /// Tells the primary how far this side is, if it has not been told.
 fn tell<S: ShadowSink>(shared: &Shared, sink: &Mutex<&mut S>, told: u64) -> u64 {
-    let durable = sink.lock().durable().0;
+    let (on_disk, durable) = {
+        let sink = sink.lock();
+        (sink.applied().0, sink.durable().0)
+    };
+    shared.on_disk.fetch_max(on_disk, Ordering::AcqRel);
     let before = shared.durable.fetch_max(durable, Ordering::AcqRel);
-    let applied = shared.applied.load(Ordering::Acquire);
+    let applied = shared.progress().applied.get();
     if applied > told || durable > before {
         let epoch = EpochId(shared.staged.load(Ordering::Acquire));
         shared
@@ -215,6 +221,7 @@ fn apply<G: ShadowGuest, S: ShadowSink>(
     let mut sink = sink.lock();
     sink.committed(stage.epoch, &mut stage.disk)
         .map_err(failed)?;
+    shared.on_disk.fetch_max(sink.applied().0, Ordering::AcqRel);
     shared.durable.fetch_max(sink.durable().0, Ordering::AcqRel);
     if stage.first {
         sink.in_sync(stage.epoch, shared.primary().generation)

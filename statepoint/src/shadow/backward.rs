@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ax_sync::Mutex;
 use ax_wire::stream::{FrameKind, Nonce, Progress, Refusal, Resume};
-use ax_wire::{EpochId, Session};
+use ax_wire::{EpochId, Session, Version};
 use zerocopy::IntoBytes;
 
 use crate::link::{FrameWriter, LinkError};
@@ -22,10 +22,11 @@ impl Backward {
     pub fn connect(
         &self,
         out: Box<dyn Write + Send>,
+        version: Version,
         me: Session,
         resume: Resume,
     ) -> Result<(), LinkError> {
-        *self.writer.lock() = Some(FrameWriter::new(out, me));
+        *self.writer.lock() = Some(FrameWriter::new(out, me, version));
         // "Staged whole" is as good as an acknowledgement: not after freezing.
         self.permitting(me, FrameKind::Resume, EpochId(0), resume.as_bytes())
     }

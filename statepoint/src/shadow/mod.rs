@@ -59,6 +59,9 @@ pub trait ShadowSink: Send {
     /// (rule 22, step 2).
     fn in_sync(&mut self, epoch: EpochId, generation: Generation) -> Result<(), GuestError>;
 
+    /// Last epoch whose disk writes are in the images here, as far as that is known.
+    fn applied(&self) -> EpochId;
+
     /// Last epoch whose disk writes are durable here.
     fn durable(&self) -> EpochId;
 }
@@ -221,7 +224,10 @@ struct Shared {
     changed: Condvar,
     committed: Mutex<Option<CommittedState>>,
     staged: AtomicU64,
+    /// In memory.
     applied: AtomicU64,
+    /// In the disks' images.
+    on_disk: AtomicU64,
     durable: AtomicU64,
     spoiled: AtomicBool,
     /// The whole RAM is being digested, which takes as long as it is large.
@@ -250,7 +256,7 @@ impl Shared {
 pub struct ShadowProgress {
     /// Last epoch staged whole: committed.
     pub staged: EpochId,
-    /// Last epoch applied.
+    /// Last epoch applied to memory.
     pub applied: EpochId,
     /// Last epoch whose disk writes are durable.
     pub durable: EpochId,
@@ -374,6 +380,7 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
             committed: Mutex::new(from),
             staged: AtomicU64::new(epoch),
             applied: AtomicU64::new(epoch),
+            on_disk: AtomicU64::new(epoch),
             durable: AtomicU64::new(epoch),
             spoiled: AtomicBool::new(false),
             verifying: AtomicBool::new(false),
@@ -420,8 +427,8 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
         };
         shared
             .backward
-            .connect(link.backward, shared.me(), resume)?;
-        let reader = FrameReader::new(link.forward);
+            .connect(link.backward, link.version, shared.me(), resume)?;
+        let reader = FrameReader::new(link.forward, link.version);
         shared.stages.lock().begin();
         let guest = Mutex::new(&mut self.guest);
         let sink = Mutex::new(&mut self.sink);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use ax_wire::WIRE_VERSION;
 use ax_wire::stream::FrameKind;
 use parking_lot::Mutex;
 use statepoint::link::{PrimaryLink, ShadowLink};
@@ -168,11 +169,13 @@ pub fn cable(forward: Fault, backward: Fault, meter: &Meter) -> (PrimaryLink, Sh
     let primary = PrimaryLink {
         forward: Box::new(faulty(fw, forward, &meter.forward, meter.copy.clone())),
         backward: Box::new(br),
+        version: WIRE_VERSION,
         close: close.clone(),
     };
     let shadow = ShadowLink {
         forward: Box::new(fr),
         backward: Box::new(faulty(bw, backward, &meter.backward, None)),
+        version: WIRE_VERSION,
         close,
     };
     (primary, shadow)

@@ -28,23 +28,7 @@ pub const RAM: [RamRegion; 2] = [
 const PAGES: usize = 256;
 pub const DISK: usize = 64 * 512;
 
-/// A small fast generator: the tests need repeatable, not good, randomness.
-#[derive(Clone, Debug)]
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
+pub use ax_sync::sim::Rng;
 
 fn index(page: Page) -> Option<usize> {
     let mut at = 0;
@@ -173,7 +157,7 @@ impl Sim {
             return false;
         }
         let counter = inner.counter() + 1;
-        let nonce = inner.rng.next();
+        let nonce = inner.rng.word();
         let mut frame = [0; 64];
         frame[..8].copy_from_slice(&counter.to_le_bytes());
         frame[8..16].copy_from_slice(&nonce.to_le_bytes());
@@ -191,7 +175,7 @@ impl Sim {
         for _ in 0..inner.touch {
             let page = 1 + inner.rng.below(PAGES as u64 - 1) as usize;
             let at = page * PAGE_SIZE + 8 * inner.rng.below(500) as usize;
-            let value = inner.rng.next();
+            let value = inner.rng.word();
             // Now and then a page becomes all zeros again.
             if value.is_multiple_of(8) {
                 inner.write(page * PAGE_SIZE, &[0; PAGE_SIZE]);
@@ -458,6 +442,10 @@ impl ShadowSink for Disk {
     fn in_sync(&mut self, _: EpochId, _: Generation) -> Result<(), GuestError> {
         self.0.lock().2 = true;
         Ok(())
+    }
+
+    fn applied(&self) -> EpochId {
+        EpochId(self.0.lock().1)
     }
 
     fn durable(&self) -> EpochId {

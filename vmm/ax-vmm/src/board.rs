@@ -206,6 +206,7 @@ impl Board {
         let mut status = Status {
             name: self.spec.vm.name.clone(),
             pid: std::process::id(),
+            wire: ax_wire::Versions::ours().newest().number(),
             incarnation: self.incarnation,
             role: facts.role,
             phase: facts.phase.clone(),

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use ax_api::process::{Reply, Request, Status};
+use ax_api::process::{NO_REQUEST, Reply, Request, Status};
 
 use crate::console::Console;
 use crate::error::Error;
@@ -122,7 +122,7 @@ fn connection(mut stream: UnixStream, boards: &Boards) -> std::io::Result<()> {
         let request = match serde_json::from_str(&line) {
             Ok(request) => request,
             Err(error) => {
-                let why = format!("not a request: {error}");
+                let why = format!("{NO_REQUEST}: {error}");
                 return send(&mut stream, &Reply::Refused { why });
             }
         };
@@ -205,6 +205,7 @@ mod tests {
             status: Box::new(|| Status {
                 name: "t".into(),
                 pid: 1,
+                wire: 1,
                 incarnation: ax_wire::Incarnation(1),
                 role: ax_api::process::Role::Primary,
                 phase: ax_api::process::Phase::Starting,

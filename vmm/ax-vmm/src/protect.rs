@@ -85,6 +85,10 @@ impl PrimaryEvents for Events {
         (self.tell)(Protecting::Confirmed);
     }
 
+    fn applied(&self, epoch: EpochId) {
+        self.log.applied_on_shadow(epoch);
+    }
+
     fn durable(&self, epoch: EpochId) {
         self.log.durable_on_shadow(epoch);
     }

@@ -18,7 +18,8 @@ use ax_link::{Channel, Closer, Connector, Incoming, LinkError, Preamble, Stream,
 use ax_wire::Session;
 use ax_wire::frame::{FrameHeader, FrameKind, HEADER};
 use ax_wire::hello::Hello;
-use ax_wire::peer::PeerMessage;
+use ax_wire::peer::{PeerError, PeerMessage};
+use ax_wire::version::Lacks;
 use parking_lot::Mutex;
 
 use crate::standby::Pair;
@@ -32,9 +33,21 @@ pub enum SessionError {
     /// A connection failed or the hosts do not fit.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// The other side, of an older build, does not know this message; it was not sent.
+    #[error("conversation with the peer process: {0}")]
+    Lacks(#[from] Lacks),
     /// A message failed.
     #[error("conversation with the peer process: {0}")]
     Talk(String),
+}
+
+impl From<PeerError> for SessionError {
+    fn from(error: PeerError) -> SessionError {
+        match error {
+            PeerError::Lacks(lacks) => SessionError::Lacks(lacks),
+            other => talk(other),
+        }
+    }
 }
 
 fn talk(error: impl std::fmt::Display) -> SessionError {
@@ -44,9 +57,9 @@ fn talk(error: impl std::fmt::Display) -> SessionError {
 /// Sends one message.
 ///
 /// # Errors
-/// The connection failed.
+/// The connection failed, or its wire version has no such message: then nothing was sent.
 pub fn send(stream: &mut Stream, message: PeerMessage) -> Result<(), SessionError> {
-    let bytes = message.encode().map_err(talk)?;
+    let bytes = message.encode(stream.version())?;
     stream
         .write_all(&bytes)
         .and_then(|()| stream.flush())
@@ -64,7 +77,7 @@ pub fn receive(stream: &mut Stream) -> Result<PeerMessage, SessionError> {
     let mut body = vec![0; header.body_len()];
     stream.read_exact(&mut body).map_err(talk)?;
     header.check(&body).map_err(talk)?;
-    PeerMessage::parse(&body).map_err(talk)
+    PeerMessage::parse(&body, stream.version()).map_err(talk)
 }
 
 /// The primary's ends of a new session, but the heartbeat's, which the sentinel dials itself.
@@ -174,7 +187,7 @@ impl Speaker {
         let fresh = self.line.now.lock().is_some() && !self.broken;
         if fresh {
             let heard = self.once(message.clone());
-            if heard.is_ok() || !again {
+            if heard.is_ok() || !again || matches!(heard, Err(SessionError::Lacks(_))) {
                 return heard;
             }
         }
@@ -184,7 +197,7 @@ impl Speaker {
 
     fn once(&mut self, message: PeerMessage) -> Result<PeerMessage, SessionError> {
         let heard = send(&mut self.peer, message).and_then(|()| receive(&mut self.peer));
-        self.broken = heard.is_err();
+        self.broken = matches!(heard, Err(SessionError::Link(_) | SessionError::Talk(_)));
         heard
     }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ax_disk::Replica;
 use ax_link::heartbeat::{
@@ -31,8 +32,10 @@ use crate::session::{self, Gathered};
 use crate::standby::Service;
 use crate::waiting::Waiting;
 
-/// Committed epochs whose disk writes may wait to be applied.
+/// Committed epochs whose disk writes may wait to be applied, whatever they hold.
 const DISK_BACKLOG: usize = 2;
+/// How long a spoiled shadow lives on.
+const FAREWELL: Duration = Duration::from_millis(100);
 
 /// What the shadow's threads tell the conductor.
 #[derive(Debug)]
@@ -128,6 +131,10 @@ impl ShadowSink for Disks {
         self.0
             .mark_in_sync(generation)
             .map_err(failed("make the disks' initial copy durable"))
+    }
+
+    fn applied(&self) -> EpochId {
+        self.0.progress().0
     }
 
     fn durable(&self) -> EpochId {
@@ -253,6 +260,8 @@ impl Shadowing {
                 let error = engine.run(link);
                 tracing::info!(%error, "the epoch stream ended");
                 if ended.is_spoiled() {
+                    // The primary hears why before it hears of this process's end.
+                    std::thread::sleep(FAREWELL);
                     told(Following::Spoiled(error.to_string()));
                     return;
                 }

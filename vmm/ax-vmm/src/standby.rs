@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use ax_link::heartbeat::{LinkEvent, LinkEventKind, PathState, PathViews};
 use ax_link::{Channel, Connector, Preamble, Stream};
-use ax_wire::Session;
 use ax_wire::peer::PeerMessage;
+use ax_wire::{Session, Version};
 use parking_lot::{Condvar, Mutex};
 use statepoint::link::{Closer, PrimaryLink};
 
@@ -55,10 +55,24 @@ impl Pair {
     fn link(self) -> std::io::Result<PrimaryLink> {
         let ends = [self.forward.closer()?, self.backward.closer()?];
         Ok(PrimaryLink {
+            version: spoken(&self.forward, &self.backward)?,
             forward: Box::new(self.forward),
             backward: Box::new(self.backward),
             close: Arc::new(move || ends.iter().for_each(ax_link::Closer::close)),
         })
+    }
+}
+
+/// The one wire version of both connections of a pair.
+///
+/// # Errors
+/// They differ: the other ends are of two builds.
+pub fn spoken(forward: &Stream, backward: &Stream) -> std::io::Result<Version> {
+    match [forward.version(), backward.version()] {
+        [one, other] if one == other => Ok(one),
+        [one, other] => Err(std::io::Error::other(format!(
+            "one connection speaks wire version {one}, its twin {other}"
+        ))),
     }
 }
 

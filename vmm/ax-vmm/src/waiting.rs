@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use statepoint::link::{Closer, ShadowLink};
 
 use crate::session;
-use crate::standby::Service;
+use crate::standby::{Service, spoken};
 
 #[derive(Default)]
 struct State {
@@ -33,6 +33,7 @@ pub struct Waiting(Arc<Mutex<State>>);
 fn link(forward: Stream, backward: Stream) -> std::io::Result<ShadowLink> {
     let ends = [forward.closer()?, backward.closer()?];
     Ok(ShadowLink {
+        version: spoken(&forward, &backward)?,
         forward: Box::new(forward),
         backward: Box::new(backward),
         close: Arc::new(move || ends.iter().for_each(ax_link::Closer::close)),

@@ -4,7 +4,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BootError, CMDLINE, Entry, HIMEM, Load, Reader};
+use super::{BootError, CMDLINE, Entry, HIMEM, Load, Reader, acpi};
 
 /// Where the zero page is.
 pub(super) const ZERO_PAGE: u64 = 0x7000;
@@ -56,6 +56,7 @@ pub(super) fn load(load: &Load<'_>, image: &mut Reader) -> Result<Entry, BootErr
     }
     let mut zero_page = boot_params {
         hdr: header,
+        acpi_rsdp_addr: acpi::RSDP,
         ..Default::default()
     };
     let mut map: Vec<_> = load

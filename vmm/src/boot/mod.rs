@@ -11,6 +11,7 @@
 //! | 0x9000–0xbfff | page tables of the first GiB (Linux) |
 //! | 0x20000 | command line |
 //! | 0x9fc00 | MP table (processors and interrupt lines, for kernels without ACPI) |
+//! | 0xe0000 | ACPI tables, the RSDP first |
 
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
@@ -25,6 +26,7 @@ use crate::config::{BootConfig, Image};
 use crate::error::Result;
 use crate::memory::{GuestMemory, HIGH_START, MMIO_START};
 
+mod acpi;
 mod linux;
 mod mptable;
 mod pvh;
@@ -133,6 +135,17 @@ pub enum Entry {
     },
 }
 
+/// Where a virtio-mmio device is, as a kernel is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// Guest-physical address of its registers.
+    pub(crate) base: u64,
+    /// Their size, bytes.
+    pub(crate) size: u64,
+    /// Global system interrupt, edge-triggered.
+    pub(crate) gsi: u32,
+}
+
 /// RAM as the kernel is told, (start, length), and the reserved piece below 1 MiB.
 struct MemoryMap {
     ram: Vec<(u64, u64)>,
@@ -158,7 +171,7 @@ impl MemoryMap {
 
 /// Loads kernel, initrd, command line and tables; tells how to enter.
 ///
-/// `device_words` is what the devices add to the command line.
+/// `device_words` is what the devices add to the command line, `windows` where the virtio ones are.
 ///
 /// # Errors
 /// A [`BootError`] that says what is missing, malformed or too large.
@@ -167,6 +180,7 @@ pub(crate) fn load(
     bytes: u64,
     config: &BootConfig,
     device_words: &str,
+    windows: &[Window],
     vcpus: u8,
 ) -> std::result::Result<Entry, BootError> {
     let kernel = config.kernel.as_ref().ok_or(BootError::NoKernel)?;
@@ -199,6 +213,7 @@ pub(crate) fn load(
         initrd: config.initrd.as_ref(),
         cmdline: &cmdline,
     };
+    acpi::write(&load, vcpus, windows)?;
     let elf = magic == *b"\x7fELF";
     let entry = if elf {
         pvh::load(&load, &mut image)?

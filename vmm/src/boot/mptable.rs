@@ -6,8 +6,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{BootError, EBDA};
 use crate::memory::GuestMemory;
 
-const LAPIC: u32 = 0xfee0_0000;
-const IOAPIC: u32 = 0xfec0_0000;
+pub(super) const LAPIC: u32 = 0xfee0_0000;
+pub(super) const IOAPIC: u32 = 0xfec0_0000;
 const ISA_IRQS: u8 = 24;
 /// LAPIC and IOAPIC version as KVM's.
 const APIC_VERSION: u8 = 0x14;

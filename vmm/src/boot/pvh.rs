@@ -10,7 +10,7 @@ use linux_loader::start_info::{
 };
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use super::{BootError, CMDLINE, Entry, HIMEM, Load, PVH_CMDLINE_MAX, Reader};
+use super::{BootError, CMDLINE, Entry, HIMEM, Load, PVH_CMDLINE_MAX, Reader, acpi};
 
 /// Where the start info is; the module list and the memory map follow.
 pub(super) const START_INFO: u64 = 0x6000;
@@ -68,6 +68,7 @@ pub(super) fn load(load: &Load<'_>, image: &mut Reader) -> Result<Entry, BootErr
         nr_modules: initrd.is_some().into(),
         modlist_paddr: if initrd.is_some() { MODULES } else { 0 },
         cmdline_paddr: CMDLINE,
+        rsdp_paddr: acpi::RSDP,
         memmap_paddr: MEMORY_MAP,
         memmap_entries: map.len() as u32,
         ..Default::default()

@@ -63,6 +63,7 @@ fn try_boot(
         RAM,
         &config,
         "virtio_mmio.device=4K@0xd0000000:5",
+        &[],
         2,
     )
 }
@@ -106,6 +107,7 @@ fn pvh_kernels_get_start_info_command_line_memory_map_and_initrd() {
     assert_eq!(at(&ram, start, 13), b"initial files");
     assert_eq!(start % 4096, 0);
     assert_eq!(info[48..52], 3u32.to_le_bytes());
+    assert_eq!(at(&ram, word(32), 8), b"RSD PTR ");
     let map = at(&ram, word(40), 72);
     let ranges: Vec<(u64, u64, u32)> = map
         .chunks(24)
@@ -133,6 +135,8 @@ fn bzimages_get_a_zero_page() {
     let page = at(&ram, linux::ZERO_PAGE, 4096);
     let word = |at: usize| u32::from_le_bytes(page[at..at + 4].try_into().unwrap());
     assert_eq!(page[0x1e8], 3);
+    let rsdp = u64::from_le_bytes(page[0x70..0x78].try_into().unwrap());
+    assert_eq!(at(&ram, rsdp, 8), b"RSD PTR ");
     assert_eq!(page[0x202..0x206], *b"HdrS");
     assert_eq!(page[0x210], 0xff);
     assert_eq!((word(0x218), word(0x21c)), ((RAM as u32) - 8192, 5000));

@@ -17,7 +17,7 @@ pub enum Kind {
     Rng = 0x102,
     /// The serial port: registers, input FIFO, output not yet handed over, console offset.
     Serial = 0x103,
-    /// CMOS, RTC and the other fixed ports.
+    /// CMOS, RTC, power button and the other fixed ports.
     Platform = 0x104,
 }
 

@@ -21,7 +21,7 @@
 //!
 //! - `gate`: who may act when; `ring`: a guest's queue, with nothing in it believed;
 //! - `transport`: the virtio-mmio registers; `net`, `disk`, `rng`: the devices behind them;
-//! - `serial`, `platform`: the I/O ports; `threads`: who serves the doorbells;
+//! - `serial`, `platform`, `pm1`: the I/O ports; `threads`: who serves the doorbells;
 //! - [`kinds`], `records`: the saved state's blocks and their layout; `persist`: to and from them.
 
 mod disk;
@@ -31,6 +31,7 @@ pub mod kinds;
 mod net;
 mod persist;
 mod platform;
+pub(crate) mod pm1;
 mod records;
 mod ring;
 mod rng;
@@ -75,6 +76,9 @@ const CONFIG: u64 = 0x100;
 const LINES: [u32; 17] = [
     5, 6, 7, 10, 11, 12, 14, 15, 3, 16, 17, 18, 19, 20, 21, 22, 23,
 ];
+
+/// Sets the level of the system control interrupt, [`DeviceSet::sci`].
+pub type SciLine = Box<dyn Fn(bool) + Send>;
 
 /// Which devices a machine has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -289,6 +293,26 @@ impl DeviceSet {
     /// The serial port's interrupt: register the event for the GSI as irqfd (edge, no resample).
     pub fn serial_irq(&self) -> (u32, &EventFd) {
         (serial::GSI, &self.serial_irq)
+    }
+
+    /// The system control interrupt: a level, active high.
+    pub fn sci(&self) -> u32 {
+        pm1::SCI
+    }
+
+    /// Connects the system control interrupt to `line`, which is low and gets the level that is due at
+    /// once. For a machine whose interrupt chips are new; no vCPU runs.
+    pub fn connect_sci(&self, line: SciLine) {
+        self.devices.platform.lock().connect(line);
+    }
+
+    /// Presses the power button (ACPI 6.5, 4.8.2.2.1); whether the guest listens to it. Pressed again before
+    /// the guest has seen it, it is one press. Waits at a closed gate.
+    pub fn press_power_button(&self) -> bool {
+        match self.devices.gate.enter() {
+            Some(_inside) => self.devices.platform.lock().press(),
+            None => false,
+        }
     }
 
     /// Kernel command line words that announce the virtio-mmio devices, separated by blanks.

@@ -4,9 +4,10 @@ use ax_wire::state::{Block, StateReader, StateWriter};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::kinds::{self, Kind};
+use super::platform::Platform;
 use super::records::{DiskRecord, NetRecord, PlatformRecord, RngRecord, SerialRecord};
 use super::serial::SerialPort;
-use super::{DeviceSet, Error, net, serial, transport};
+use super::{DeviceSet, Error, net, platform, serial, transport};
 
 /// Everything read and checked, before anything is changed.
 #[derive(Default)]
@@ -15,7 +16,7 @@ struct Staged {
     disks: Vec<Option<transport::Restored>>,
     rng: Option<transport::Restored>,
     serial: Option<serial::Restored>,
-    platform: Option<PlatformRecord>,
+    platform: Option<platform::Restored>,
 }
 
 impl DeviceSet {
@@ -38,7 +39,7 @@ impl DeviceSet {
             put(out, Kind::Rng, 0, &rng.record())?;
         }
         put(out, Kind::Serial, 0, devices.serial.lock().record())?;
-        put(out, Kind::Platform, 0, devices.platform.lock().record())
+        put(out, Kind::Platform, 0, &devices.platform.lock().record())
     }
 
     /// Takes over the state of devices equally specified, saved by [`DeviceSet::save`], here or
@@ -154,10 +155,10 @@ impl DeviceSet {
                 let state = SerialPort::check(&read::<SerialRecord>(block).map_err(refuse)?);
                 staged.serial.replace(state.map_err(refuse)?).is_some()
             }
-            kind if kind == Kind::Platform.number() => staged
-                .platform
-                .replace(read(block).map_err(refuse)?)
-                .is_some(),
+            kind if kind == Kind::Platform.number() => {
+                let state = Platform::check(&read::<PlatformRecord>(block).map_err(refuse)?);
+                staged.platform.replace(state.map_err(refuse)?).is_some()
+            }
             _ => return Err(refuse("unknown kind")),
         };
         if doubled {

@@ -1,9 +1,12 @@
-//! The fixed ports of a PC that guests expect: CMOS and RTC, keyboard controller, reset, power.
+//! The fixed ports of a PC that guests expect: CMOS and RTC, keyboard controller, reset, and ACPI's
+//! power button and poweroff ([`super::pm1`]).
 //!
 //! PCI configuration ports answer all ones: there is no PCI.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::SciLine;
+use super::pm1::Pm1;
 use super::records::PlatformRecord;
 use crate::ports::Power;
 use zerocopy::FromZeros;
@@ -12,7 +15,6 @@ const KEYBOARD_DATA: u16 = 0x60;
 const KEYBOARD_COMMAND: u16 = 0x64;
 const CMOS_INDEX: u16 = 0x70;
 const CMOS_DATA: u16 = 0x71;
-const POWER: u16 = 0x604;
 const RESET_CONTROL: u16 = 0xcf9;
 
 /// "Pulse the reset line", the keyboard controller's command.
@@ -20,26 +22,63 @@ const PULSE_RESET: u8 = 0xfe;
 /// Input buffer free, so a reset command is taken at once; output buffer always full, so a
 /// driver that looks for a keyboard finds within a few reads that none is there.
 const KEYBOARD_STATUS: u8 = 0xfd;
-/// ACPI sleep type 0 with sleep enable, as QEMU's machines take it.
-const POWER_OFF: u16 = 0x2000;
 /// "Reset CPU" in the reset control register.
 const RESET_CPU: u8 = 0x04;
 
 /// The fixed ports.
 pub(super) struct Platform {
     record: PlatformRecord,
+    pm1: Pm1,
+    line: Option<SciLine>,
+    /// What the line was told last; it is low when it is new.
+    driven: bool,
 }
+
+/// A checked record, ready to be put in place.
+#[derive(Debug)]
+pub(super) struct Restored(PlatformRecord, Pm1);
 
 impl Platform {
     pub(super) fn new() -> Self {
         Platform {
             record: PlatformRecord::new_zeroed(),
+            pm1: Pm1::default(),
+            line: None,
+            driven: false,
+        }
+    }
+
+    /// From here on the system control interrupt goes to `line`, which is low.
+    pub(super) fn connect(&mut self, line: SciLine) {
+        self.line = Some(line);
+        self.driven = false;
+        self.drive();
+    }
+
+    /// Presses the power button; whether the guest listens to it.
+    pub(super) fn press(&mut self) -> bool {
+        let listens = self.pm1.press();
+        self.drive();
+        listens
+    }
+
+    /// Gives the line the level that the registers say.
+    fn drive(&mut self) {
+        let level = self.pm1.sci();
+        if level != self.driven
+            && let Some(line) = &self.line
+        {
+            line(level);
+            self.driven = level;
         }
     }
 
     /// Reads `port`. What is not there reads as all ones.
     pub(super) fn read(&mut self, port: u16, out: &mut [u8]) {
         out.fill(0xff);
+        if Pm1::has(port) {
+            return self.pm1.read(port, out);
+        }
         let value = match port {
             KEYBOARD_DATA => 0,
             KEYBOARD_COMMAND => KEYBOARD_STATUS,
@@ -59,11 +98,10 @@ impl Platform {
         match port {
             KEYBOARD_COMMAND if first == PULSE_RESET => return Some(Power::Reset),
             RESET_CONTROL if first & RESET_CPU != 0 => return Some(Power::Reset),
-            POWER => {
-                let high = data.get(1).copied().unwrap_or(0);
-                if u16::from_le_bytes([first, high]) & POWER_OFF != 0 {
-                    return Some(Power::Off);
-                }
+            _ if Pm1::has(port) => {
+                let power = self.pm1.write(port, data);
+                self.drive();
+                return power;
             }
             CMOS_INDEX => self.record.cmos_index = first & 0x7f,
             CMOS_DATA => {
@@ -104,15 +142,29 @@ impl Platform {
     /// As at power-on; the clock keeps going.
     pub(super) fn reset(&mut self) {
         self.record.cmos_index = 0;
+        self.pm1 = Pm1::default();
+        self.drive();
     }
 
-    pub(super) fn record(&self) -> &PlatformRecord {
-        &self.record
+    pub(super) fn record(&self) -> PlatformRecord {
+        let mut record = self.record;
+        self.pm1.save(&mut record);
+        record
     }
 
-    pub(super) fn load(&mut self, record: PlatformRecord) {
+    pub(super) fn check(record: &PlatformRecord) -> Result<Restored, &'static str> {
+        let pm1 = Pm1::of(record)?;
+        let mut record = *record;
+        record.cmos_index &= 0x7f;
+        Ok(Restored(record, pm1))
+    }
+
+    /// The line is driven again, whatever the chips' own state says of it: they do not save whether it is
+    /// high (rule 11: devices after KVM).
+    pub(super) fn load(&mut self, Restored(record, pm1): Restored) {
         self.record = record;
-        self.record.cmos_index &= 0x7f;
+        self.pm1 = pm1;
+        self.drive();
     }
 }
 
@@ -173,9 +225,9 @@ mod tests {
     #[test]
     fn the_clock_never_runs_backwards() {
         let mut platform = Platform::new();
-        let mut record = *platform.record();
+        let mut record = platform.record();
         record.latest = 4_107_542_400;
-        platform.load(record);
+        platform.load(Platform::check(&record).unwrap());
         for (register, want) in [(0x32, 0x21), (0x09, 0x00), (0x08, 0x03), (0x07, 0x01)] {
             platform.write(CMOS_INDEX, &[register]);
             let mut byte = [0];

@@ -101,6 +101,9 @@ pub(super) struct PlatformRecord {
     /// Latest time the guest has read from the RTC, seconds since 1970, UTC (I7).
     pub(super) latest: u64,
     pub(super) cmos_index: u8,
-    pub(super) unused: [u8; 7],
+    pub(super) unused: [u8; 3],
+    /// PM1a registers. Zero in what a build without them has saved: nobody listened to the button.
+    pub(super) pm1_status: u16,
+    pub(super) pm1_enable: u16,
     pub(super) cmos: [u8; 128],
 }

@@ -121,7 +121,7 @@ impl World {
         let at = rng.below((regions * REGION).min(SIZE) / 512) * 512;
         let len = len.min((SIZE - at) as usize);
         let zero = rng.one_in(4);
-        let word = |rng: &mut Rng| if zero { 0 } else { rng.next() };
+        let word = |rng: &mut Rng| if zero { 0 } else { rng.word() };
         let data = (0..len / 8).flat_map(|_| word(rng).to_le_bytes());
         let data: Vec<u8> = data.collect();
         assert!(self.log.admit(data.len()));
@@ -169,6 +169,7 @@ impl World {
         while replica.progress().0 < epoch {
             std::thread::yield_now();
         }
+        self.log.applied_on_shadow(epoch);
     }
 
     fn follow(&mut self) {

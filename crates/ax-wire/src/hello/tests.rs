@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::WIRE_VERSION;
 use crate::{Generation, Incarnation};
 
 fn leaf(function: u32, index: u32, regs: [u32; 4]) -> CpuidLeaf {
@@ -81,8 +82,10 @@ fn equal_hosts_agree_on_the_newest_version() {
 #[test]
 fn neighbouring_versions_meet_at_the_older() {
     let (old, new) = (Versions::new(3, 4).unwrap(), Versions::new(4, 5).unwrap());
-    assert_eq!(old.common(new), Some(4));
-    assert_eq!(new.common(old), Some(4));
+    let (mut a, mut b) = pair();
+    (a.versions, b.versions) = (old, new);
+    assert_eq!(negotiate(&a, &b).unwrap().version.number(), 4);
+    assert_eq!(negotiate(&b, &a).unwrap().version.number(), 4);
 }
 
 #[test]
@@ -91,7 +94,10 @@ fn a_peer_two_versions_away_is_refused_by_name_before_its_body_is_read() {
     let mut bytes = vec![6, 0, 7, 0];
     bytes.extend_from_slice(b"a body of a format nobody knows yet");
     let error = Hello::parse(&bytes, ours).unwrap_err();
-    assert_eq!(error, HelloError::NoCommonVersion { theirs, ours });
+    assert_eq!(
+        error,
+        HelloError::NoCommonVersion(TooFarApart { theirs, ours })
+    );
     let text = error.to_string();
     assert!(text.contains("6 to 7") && text.contains("4 to 5"), "{text}");
 }
@@ -176,7 +182,7 @@ fn tsc_rates_within_250_ppm_are_equal_enough() {
 fn hellos_read_back() {
     let (a, _) = pair();
     assert_eq!(
-        Hello::parse(&a.encode().unwrap(), Versions::OURS).unwrap(),
+        Hello::parse(&a.encode().unwrap(), Versions::ours()).unwrap(),
         a
     );
 }
@@ -188,7 +194,7 @@ fn a_hello_with_a_hostile_name_is_refused() {
         a.body.host = name;
         let bytes = a.encode().unwrap();
         assert_eq!(
-            Hello::parse(&bytes, Versions::OURS),
+            Hello::parse(&bytes, Versions::ours()),
             Err(HelloError::Field("host name"))
         );
     }
@@ -220,8 +226,8 @@ proptest! {
     ) {
         let mut versioned = vec![1, 0, 1, 0];
         versioned.extend_from_slice(&bytes);
-        let _ = Hello::parse(&bytes, Versions::OURS);
-        let _ = Hello::parse(&versioned, Versions::OURS);
+        let _ = Hello::parse(&bytes, Versions::ours());
+        let _ = Hello::parse(&versioned, Versions::ours());
         let _ = Verdict::parse(&bytes);
     }
 
@@ -232,7 +238,7 @@ proptest! {
         let mut bytes = a.encode().unwrap();
         let at = at.min(bytes.len() - 1);
         bytes[at] = value;
-        if let Ok(read) = Hello::parse(&bytes, Versions::OURS) {
+        if let Ok(read) = Hello::parse(&bytes, Versions::ours()) {
             let _ = negotiate(&read, &b);
         }
     }

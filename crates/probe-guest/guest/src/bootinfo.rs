@@ -57,6 +57,13 @@ pub fn memory() -> Option<[Ram; 2]> {
     (ram[0].end > ram[0].base).then_some(ram)
 }
 
+/// Where the ACPI tables begin, if the loader has put some there.
+pub fn rsdp() -> Option<u64> {
+    // SAFETY: as in `memory`.
+    let info = u64::from(unsafe { (&raw const start_info).read_volatile() });
+    Some(long(info + 32)).filter(|at| *at != 0)
+}
+
 /// The command line. Needs the heap.
 pub fn cmdline() -> String {
     // SAFETY: as in `memory`.

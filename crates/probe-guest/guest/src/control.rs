@@ -5,7 +5,8 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use crate::command::{BadCommand, Command, MAX_LINE};
+use crate::button::PowerButton;
+use crate::command::{BadCommand, Button, Command, MAX_LINE};
 use crate::cpu::{self, Clock};
 use crate::load::{DONE, ORDERS};
 use crate::mem::Arena;
@@ -51,6 +52,8 @@ pub struct Control {
     counting: Option<(u64, u64)>,
     /// Set by `CRASH`, `POWEROFF` and `REBOOT`.
     pub end: Option<End>,
+    /// The power button.
+    pub button: PowerButton,
     /// Times CPU 0's timer was armed.
     pub armed: u64,
 }
@@ -73,6 +76,7 @@ impl Control {
             work: None,
             counting: None,
             end: None,
+            button: PowerButton::new(),
             armed: 0,
         }
     }
@@ -140,7 +144,7 @@ impl Control {
             Ok(Command::Help) => "PING | ECHO <text> | DIRTY <pages> <per-second> \
                 <bytes-per-page> | SPIN on|off | CLOCK | HASH [start_page n_pages] | \
                 DISKHASH [dev] | WORK <seed> <steps> | WORKSTATUS | COUNTERS | COUNT <n> | \
-                OUTSB <n> | CRASH | POWEROFF | REBOOT"
+                OUTSB <n> | BUTTON unheard|poweroff|ignore|reboot | CRASH | POWEROFF | REBOOT"
                 .into(),
             Ok(Command::Dirty {
                 pages,
@@ -221,6 +225,10 @@ impl Control {
                 self.counting = Some((0, n));
                 "OK".into()
             }
+            Ok(Command::Button(does)) => match self.button.listen(does) {
+                true => "OK".into(),
+                false => "ERR this machine has no power button".into(),
+            },
             Ok(Command::Poweroff) => {
                 self.end = Some(End::Poweroff);
                 "OK".into()
@@ -260,6 +268,16 @@ impl Control {
             );
         }
         text
+    }
+
+    /// Looks at the power button. True when the guest is to be ended in order.
+    pub fn pressed(&mut self) -> bool {
+        match self.button.poll() {
+            Some(Button::Reboot) => self.end = Some(End::Reboot),
+            Some(Button::Poweroff) => return true,
+            Some(Button::Unheard | Button::Ignore) | None => {}
+        }
+        false
     }
 
     /// Whether there are lines of `COUNT` to come.

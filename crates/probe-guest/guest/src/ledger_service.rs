@@ -43,7 +43,14 @@ pub struct Ledger {
     phase: Phase,
     ticket: Option<Ticket>,
     buffer: Vec<u8>,
+    /// No further record is taken.
+    closed: bool,
 }
+
+/// The record of a guest that switched itself off because its power button was pressed.
+const LAST: &[u8] = b"button";
+/// The connection of a request that nobody waits for.
+const NOBODY: usize = usize::MAX;
 
 impl Ledger {
     /// Finds the tail on `disk`. The ledger has the first half of the disk's sectors.
@@ -57,6 +64,7 @@ impl Ledger {
             phase: Phase::Idle,
             ticket: None,
             buffer: vec![0; BATCH * RECORD],
+            closed: false,
         };
         let mut scan = vec![0; MAX_DATA];
         // The first look is small: most ledgers are new.
@@ -109,6 +117,10 @@ impl Ledger {
                 out.extend_from_slice(b"ERR payload longer than 480 bytes\n");
                 return done(taken, false, false);
             }
+            if self.closed {
+                out.extend_from_slice(b"ERR the guest is about to switch itself off\n");
+                return done(taken, true, false);
+            }
             What::Append(rest.to_vec())
         } else if word.eq_ignore_ascii_case(b"read") {
             match core::str::from_utf8(rest)
@@ -138,6 +150,18 @@ impl Ledger {
             what,
         });
         done(taken, false, true)
+    }
+
+    /// Takes no further record but a last one of its own; whether all are written and flushed.
+    pub fn close(&mut self) -> bool {
+        if !core::mem::replace(&mut self.closed, true) {
+            self.queue.push(Request {
+                conn: NOBODY,
+                generation: 0,
+                what: What::Append(LAST.to_vec()),
+            });
+        }
+        self.queue.is_empty()
     }
 
     /// Moves the work on the disk on and answers what is done. True if anything happened.

@@ -4,6 +4,7 @@
 //!   controllers, timer, clock, further CPUs, all driven from ring 3
 //! - `bootinfo`, `mem`: memory map, heap, arena
 //! - `virtio`, `serial`: drivers
+//! - `button`, `acpi`: the power button
 //! - `stack`: the network; `services`, `ledger_service`, `control`: who is served
 //! - `work`, `load`: what keeps memory, disks and CPUs busy
 //!
@@ -13,7 +14,10 @@
 
 extern crate alloc;
 
+#[path = "../../src/acpi.rs"]
+mod acpi;
 mod bootinfo;
+mod button;
 #[path = "../../src/cmdline.rs"]
 mod cmdline;
 #[path = "../../src/command.rs"]
@@ -51,6 +55,7 @@ use core::fmt::Write as _;
 use core::sync::atomic::Ordering;
 
 use cmdline::Cmdline;
+use command::Button;
 use control::{Control, End};
 use cpu::{Clock, Timer, outb, outw};
 use ledger_service::Ledger;
@@ -111,6 +116,8 @@ struct Machine {
     control: Control,
     disks: Vec<Blk>,
     alone: Option<Worker>,
+    /// The power button was pressed: what was asked for is finished, then the guest is off.
+    closing: bool,
     out: Vec<u8>,
 }
 
@@ -145,6 +152,7 @@ fn boot() -> ! {
     let mut it = Machine {
         control: Control::new(clock, cpus, arena, work_pages),
         alone: (cpus == 1).then(|| Worker::new(0, 0, arena, work_pages)),
+        closing: false,
         clock,
         timer: Timer::default(),
         serial,
@@ -157,6 +165,9 @@ fn boot() -> ! {
         disks,
         out: Vec::with_capacity(4096),
     };
+    if cmdline.button != Button::Unheard && !it.control.button.listen(cmdline.button) {
+        it.serial.write("no power button\n");
+    }
     if let Some(disk) = it.disks.first_mut() {
         match Ledger::open(disk) {
             Ok(ledger) => it.ledger = Some(ledger),
@@ -263,6 +274,11 @@ fn run(mut it: Machine) -> ! {
             // The console takes no more for now; it raises no interrupt when it does again.
             deadline = Some(deadline.unwrap_or(u64::MAX).min(now + 1_000_000));
         }
+        it.closing |= it.control.pressed();
+        busy |= it.closing;
+        if it.closing && it.ledger.as_mut().is_none_or(Ledger::close) {
+            it.control.end = Some(End::Poweroff);
+        }
         if let Some(end) = it.control.end.take() {
             it.finish(end);
         }
@@ -362,7 +378,8 @@ impl Machine {
                 cpu::triple_fault()
             }
             End::Poweroff => {
-                outw(0x604, 0x2000);
+                self.control.button.power_off();
+                outw(0x604, 0x2000); // where no table says how
                 // The machine may be let go only later: nothing more happens until then.
                 loop {
                     cpu::wait(0, percpu::events(0));

@@ -1,5 +1,6 @@
 //! Answer times: percentiles and the longest silence.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -144,11 +145,22 @@ impl Samples {
     /// shows.
     pub fn longest_gap(&self, from: Option<Instant>) -> Gap {
         let from = from.map_or(0, |t| self.since_start(t));
+        self.longest(|_, ended| ended >= from)
+    }
+
+    /// The longest time without an answer of those of which a part lies in `window`; as
+    /// [`Samples::longest_gap`] else.
+    pub fn longest_gap_during(&self, window: Range<Instant>) -> Gap {
+        let window = self.since_start(window.start)..self.since_start(window.end);
+        self.longest(|began, ended| began < window.end && ended >= window.start)
+    }
+
+    fn longest(&self, counts: impl Fn(u64, u64) -> bool) -> Gap {
         let end = self.since_start(self.ended);
         let mut before = 0;
         let mut longest = (0, 0);
         for at in self.answers.iter().map(|(_, a)| *a).chain([end]) {
-            if at >= from && at.saturating_sub(before) > longest.1 {
+            if counts(before, at) && at.saturating_sub(before) > longest.1 {
                 longest = (before, at - before);
             }
             before = at;
@@ -213,5 +225,16 @@ mod tests {
         assert_eq!(s.longest_gap(Some(from)).length, Duration::from_millis(8));
         let until = s.started() + Duration::from_millis(102);
         assert_eq!(s.latencies_between(from, until), [1_000_000]);
+    }
+
+    #[test]
+    fn a_silence_of_another_time_is_not_that_of_the_window() {
+        let s = samples(&[(0, 10), (11, 12), (12, 52), (53, 54), (54, 154)], 155);
+        let at = |ms: u64| s.started() + Duration::from_millis(ms);
+        let during = |from, until| s.longest_gap_during(at(from)..at(until)).length;
+        assert_eq!(during(13, 20), Duration::from_millis(40));
+        assert_eq!(during(20, 53), Duration::from_millis(40));
+        assert_eq!(during(20, 55), Duration::from_millis(100));
+        assert_eq!(during(1, 2), Duration::from_millis(10));
     }
 }

@@ -18,6 +18,15 @@ pub fn silence(site: &Site, ways: &[Toward]) {
     }
 }
 
+/// Both cables carry nothing.
+///
+/// # Errors
+/// The kernel's.
+pub fn cut(site: &Site) -> Result<(), Error> {
+    silence(site, &BOTH_WAYS);
+    Ok(site.lab.links[0].silence_both()?)
+}
+
 /// One of the two cables, by chance, carries nothing these ways.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ use testkit::Chance;
 use testkit::fuse::{Disk, Harm, Op};
 use testkit::thread_stop::StoppedThread;
 
-use super::{VM, cables};
+use super::{VM, cables, silent};
 use crate::Error;
 
 /// What a fault may cost.
@@ -53,6 +53,8 @@ faults! {
     KillShadow "kill-shadow" Hidden,
     HostOfPrimary "host-of-primary" Hidden,
     HostOfShadow "host-of-shadow" Hidden,
+    SilentPrimary "silent-host-of-primary" Hidden,
+    SilentShadow "silent-host-of-shadow" Hidden,
     KillDaemon "kill-axd" Hidden,
     KillDaemonThenPrimary "kill-both-axd-then-primary" Hidden,
     FailoverAndKill "failover-and-kill" Hidden,
@@ -99,15 +101,21 @@ impl Fault {
             .any(|word| self.name().contains(word))
     }
 
-    /// Strikes, and mends what it broke outside the product.
+    /// True when it is one host's silence and nothing else: of these the recovery is told.
+    pub fn is_silence_of_a_host(self) -> bool {
+        matches!(self, Fault::SilentPrimary | Fault::SilentShadow)
+    }
+
+    /// Strikes the guest that runs on `home`, and mends what it broke outside the product.
     ///
     /// # Errors
     /// The equipment's, or that the VM was not to be found.
-    pub fn strike(self, site: &mut Site, chance: &mut Chance) -> Result<(), Error> {
-        let home = home(site)?;
+    pub fn strike(self, home: Side, site: &mut Site, chance: &mut Chance) -> Result<(), Error> {
         let heir = home.other();
         let ms = Duration::from_millis;
         match self {
+            Fault::SilentPrimary => silent::a_while(site, home, chance),
+            Fault::SilentShadow => silent::a_while(site, heir, chance),
             Fault::KillPrimary => kill_on(site, home),
             Fault::KillShadow => kill_on(site, heir),
             Fault::HostOfPrimary => power_cycle(site, home, ms(chance.below(1500))),
@@ -157,7 +165,7 @@ impl Fault {
                 mend_later(site, chance)
             }
             Fault::LinkSilent => {
-                cut_link(site)?;
+                cables::cut(site)?;
                 mend_later(site, chance)
             }
             Fault::LinkForward => {
@@ -209,7 +217,7 @@ impl Fault {
             }
             Fault::WitnessAwayLinkCut => {
                 kill_witness(site)?;
-                cut_link(site)?;
+                cables::cut(site)?;
                 std::thread::sleep(ms(300 + chance.below(1000)));
                 site.start_witness()?;
                 mend_later(site, chance)
@@ -298,7 +306,10 @@ impl Fault {
 }
 
 /// The side that runs the VM.
-fn home(site: &Site) -> Result<Side, Error> {
+///
+/// # Errors
+/// None says so.
+pub fn home(site: &Site) -> Result<Side, Error> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         for side in [Side::A, Side::B] {
@@ -362,12 +373,6 @@ fn kill_witness(site: &mut Site) -> Result<(), Error> {
         Some(witness) => Ok(witness.kill()?),
         None => Ok(()),
     }
-}
-
-/// Both cables carry nothing.
-fn cut_link(site: &Site) -> Result<(), Error> {
-    cables::silence(site, &cables::BOTH_WAYS);
-    Ok(site.lab.links[0].silence_both()?)
 }
 
 fn power_cycle(site: &mut Site, side: Side, off: Duration) -> Result<(), Error> {

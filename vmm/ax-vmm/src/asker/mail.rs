@@ -80,8 +80,9 @@ impl Mail {
         timed(&stream, until).map_err(|e| away(&e))?;
         let request = PeerRequest::Word {
             name: self.name.clone(),
-            letter: Box::new(*letter),
+            letter: Box::new(letter.in_version(stream.version())),
         };
+        stream.version().has(&request).map_err(|e| away(&e))?;
         let mut line = serde_json::to_vec(&request).map_err(|e| away(&e))?;
         line.push(b'\n');
         std::io::Write::write_all(&mut stream, &line)
@@ -119,6 +120,7 @@ fn to_process(process: &Connector, letter: &Letter) -> Result<Answer, String> {
         .open_until(Preamble::witness(), until)
         .map_err(|e| e.to_string())?;
     timed(&stream, until).map_err(|e| e.to_string())?;
-    message::write(&mut stream, FrameKind::ArbiterCall, letter).map_err(|e| e.to_string())?;
+    let letter = letter.in_version(stream.version());
+    message::write(&mut stream, FrameKind::ArbiterCall, &letter).map_err(|e| e.to_string())?;
     message::read(&mut stream, FrameKind::ArbiterAnswer).map_err(|e| e.to_string())
 }

@@ -151,11 +151,8 @@ impl Desk {
     ) -> Result<(), String> {
         let known = self.known();
         let alone = matches!(known.record.state, State::Alone { holder } if holder == self.me);
-        let is_another = known
-            .record
-            .machines
-            .name_another(self.me.side.other(), machine)
-            && alone;
+        let named = machine.is_some_and(|m| known.record.machines.name(self.me.side.other(), m));
+        let is_another = alone && !named;
         if let (Some(machine), true) = (machine, is_another) {
             let word = false;
             let request = Request {

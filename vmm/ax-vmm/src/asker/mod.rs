@@ -118,7 +118,16 @@ impl Asker {
             loop {
                 let heard = match todo.recv_timeout(IDLE) {
                     Ok(Task::Learn) => keeper.learn(&tell),
-                    Ok(Task::Probe) => keeper.probe(),
+                    Ok(Task::Probe) => {
+                        let heard = keeper.probe();
+                        let is_lost = matches!(heard, Heard::Reachable(Err(_)));
+                        tell(heard);
+                        if is_lost {
+                            // Who looks for it again and again must not keep it from being registered with.
+                            keeper.idle(&tell);
+                        }
+                        continue;
+                    }
                     Ok(Task::Ask(from, change)) => keeper.ask(from, change, &tell),
                     Ok(Task::Aim(configured, standby)) => {
                         if let Err(why) = keeper.aim(configured, standby, &tell) {

@@ -116,7 +116,8 @@ impl Conductor {
             (Err(why), _) => Some(format!(
                 "the arbiter is out of reach ({why}): nothing was stopped; try again when it answers"
             )),
-            (Ok(found), Some(Phase::Ft { record })) if found == *record => None,
+            // An arbiter that was registered with anew has another name.
+            (Ok(found), Some(Phase::Ft { record })) if found.agrees_with(record) => None,
             (Ok(_), _) => Some("the VM is not protected any more".into()),
         };
         match refused {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use ax_api::process::{Reply, Request, Role, What};
+use ax_api::process::{Press, Reply, Request, Role, What};
 use ax_wire::MachineId;
 use statepoint::pair::{Event, Phase};
 
@@ -39,6 +39,9 @@ impl Conductor {
                 self.reboot()?;
                 Reply::Done
             }
+            Request::PowerButton if primary => Reply::Button {
+                press: self.press_power_button(),
+            },
             Request::Stop if primary => {
                 self.waiting.push(reply);
                 let before = self.phase().cloned();
@@ -123,6 +126,20 @@ impl Conductor {
         }
         self.spec = spec;
         Ok(())
+    }
+
+    /// An input of the running side alone: what presses goes on asking where the guest goes on.
+    fn press_power_button(&self) -> Press {
+        if self.leaving || self.parts.machine.is_parked() {
+            return Press::StandsStill;
+        }
+        // Between two epochs: the press belongs to the one that follows.
+        let press = |machine: &mut vmm::Machine| machine.press_power_button();
+        match self.parts.machine.between_epochs(press) {
+            vmm::Press::Pressed => Press::Pressed,
+            vmm::Press::NobodyListens => Press::NobodyListens,
+            vmm::Press::StandsStill => Press::StandsStill,
+        }
     }
 
     pub(super) fn power(&mut self, what: io_barrier::Power) -> Result<(), Error> {

@@ -36,7 +36,7 @@ pub(super) struct Told {
     fails: bool,
     /// The arbiter is being looked for, before the guest moves.
     probing: bool,
-    /// Why it could not move, last.
+    /// Why it can't move, while that is so.
     refused: Option<String>,
     /// The last words of this process, for axd.
     end: Option<String>,
@@ -119,6 +119,7 @@ impl Conductor {
     /// Tells what has changed about the disks, and has the guest go on elsewhere if it can and should.
     pub(super) fn look_at_disks(&mut self) -> Result<(), Error> {
         let Some(trouble) = self.parts.faults.trouble() else {
+            self.disks.refused = None;
             if std::mem::take(&mut self.disks.fails) {
                 self.board.disk_fails(None, false);
                 if let Some((trouble, _)) = &self.disks.last {
@@ -129,7 +130,14 @@ impl Conductor {
             return Ok(());
         };
         let holds = self.parts.faults.holds();
-        self.board.disk_fails(Some(trouble.why.clone()), holds);
+        let shown = match &self.disks.refused {
+            Some(no) => format!(
+                "{}; the guest waits there for the arbiter ({no})",
+                trouble.why
+            ),
+            None => trouble.why.clone(),
+        };
+        self.board.disk_fails(Some(shown), holds);
         let again = |(last, at): &(Trouble, Instant)| *last == trouble && at.elapsed() < TOLD_FOR;
         if !self.disks.last.as_ref().is_some_and(again) || !self.disks.fails {
             self.disks.fails = true;
@@ -172,8 +180,9 @@ impl Conductor {
         let fails = self.parts.faults.trouble().is_some();
         match (found, self.phase()) {
             (Ok(found), Some(Phase::Ft { record }))
-                if *found == *record && fails && self.may_move() =>
+                if found.agrees_with(record) && fails && self.may_move() =>
             {
+                self.disks.refused = None;
                 self.step(Event::Resign)?;
             }
             (Err(why), _) if self.disks.refused.as_ref() != Some(why) => {

@@ -1,6 +1,8 @@
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use ax_wire::state::{StateReader, StateWriter};
+use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use super::super::kinds::Kind;
@@ -67,6 +69,43 @@ fn what_was_saved_is_what_a_fresh_machine_then_has() {
     let mut typed = [0; 5];
     next.set.pio_read(0x3f8, &mut typed);
     assert_eq!(typed, *b"typed");
+}
+
+/// The system control interrupt of a rig, as its chips would see it: every change, the first one from low.
+fn sci(rig: &Rig) -> Arc<Mutex<Vec<bool>>> {
+    let seen = Arc::<Mutex<Vec<bool>>>::default();
+    let line = Arc::clone(&seen);
+    rig.set
+        .connect_sci(Box::new(move |level| line.lock().push(level)));
+    seen
+}
+
+#[test]
+fn a_press_that_the_guest_has_not_seen_yet_goes_along_and_raises_the_line_there() {
+    let rig = Rig::started();
+    let line = sci(&rig);
+    assert!(!rig.set.press_power_button(), "nobody listens");
+    rig.set.pio_write(0x602, &[0, 1]);
+    assert!(rig.set.press_power_button() && rig.set.press_power_button());
+    assert_eq!(*line.lock(), [true]);
+    rig.set.quiesce();
+    let next = take_over(&rig);
+    let line = sci(&next);
+    assert_eq!(*line.lock(), [true], "a line made anew gets the level due");
+    let mut status = [0; 2];
+    next.set.pio_read(0x600, &mut status);
+    assert_eq!(status, [0, 1]);
+    next.set.pio_write(0x600, &[0, 1]);
+    assert_eq!(*line.lock(), [true, false]);
+    // The machine that has its line already when it is restored, as every shadow has.
+    let third = Rig::new();
+    let line = sci(&third);
+    third.set.restore(StateReader::new(&save(&rig))).unwrap();
+    assert_eq!(*line.lock(), [true]);
+    third.set.reset().unwrap();
+    assert_eq!(*line.lock(), [true, false], "a reset forgets a press");
+    third.set.start().unwrap();
+    assert!(!third.set.press_power_button(), "and who listened");
 }
 
 #[test]
