@@ -674,13 +674,14 @@ impl Site {
     fn pair(&self) -> Result<()> {
         let (a, b) = (self.config(Side::A), self.config(Side::B));
         let at = |ip| SocketAddr::from((ip, PAIRING_PORT));
-        let [of_a, of_b, of_w] = self.builds;
-        let (a, b) = ((&self.lab.a, of_a, &*a), (&self.lab.b, of_b, &*b));
+        // Machines are paired once, by one build, whatever they run later.
+        let [build, ..] = self.builds;
+        let (a, b) = ((&self.lab.a, build, &*a), (&self.lab.b, build, &*b));
         self.exchange(a, at(addr::A), b)?;
         if self.spec.witness {
             let w = self.witness_config();
             let at = at(addr::WITNESS);
-            let w = (&self.lab.witness, of_w, &*w);
+            let w = (&self.lab.witness, build, &*w);
             self.exchange(w, at, a)?;
             self.exchange(w, at, b)?;
         }

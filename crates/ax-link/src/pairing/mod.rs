@@ -135,6 +135,12 @@ fn encode(value: &impl bincode::Encode) -> Result<Vec<u8>, LinkError> {
     })
 }
 
+/// True for a request of another version of this dialogue: the version comes first in each.
+fn is_of_another_version(bytes: &[u8]) -> bool {
+    let version = bincode::decode_from_slice::<u16, _>(bytes, config());
+    version.is_ok_and(|(version, _)| version != VERSION)
+}
+
 /// `None` for anything but exactly one value.
 fn decode<T: bincode::Decode<()>>(bytes: &[u8]) -> Option<T> {
     match bincode::decode_from_slice(bytes, config()) {

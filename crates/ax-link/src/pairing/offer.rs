@@ -14,10 +14,14 @@ use parking_lot::Mutex;
 use subtle::ConstantTimeEq;
 
 use super::{
-    Before, PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode, nothing,
+    Before, PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode,
+    is_of_another_version, nothing,
 };
 use crate::sock::{Timed, linger, poll_until};
 use crate::{Fingerprint, HostName, Identity, LinkError, Stream, TrustStore, message, tls};
+
+/// Why a request of another version of the dialogue is refused.
+const OTHER_VERSION: &str = "it has another AX version; use the same on both hosts";
 
 /// Wrong secrets until the token is void.
 const TRIES: u32 = 3;
@@ -229,7 +233,11 @@ impl Dialogue {
             Some(request) => Ok((stream, request)),
             None => {
                 let peer = stream.describe();
-                refuse(&mut stream, "malformed request", deadline);
+                let why = match is_of_another_version(&body) {
+                    true => OTHER_VERSION,
+                    false => "malformed request",
+                };
+                refuse(&mut stream, why, deadline);
                 Err(LinkError::Closed { peer })
             }
         }
@@ -239,10 +247,7 @@ impl Dialogue {
     /// the offer.
     fn judge(&self, request: &Request) -> Result<(), (&'static str, Option<PairError>)> {
         if request.version != VERSION {
-            return Err((
-                "it has another AX version; use the same on both hosts",
-                None,
-            ));
+            return Err((OTHER_VERSION, None));
         }
         let mut secret = self.secret.lock();
         if secret.used {
