@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ax_api::process::{Arbiter, Security, Timing};
-use ax_wire::Side;
+use ax_wire::{MachineId, Side};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -50,6 +50,13 @@ pub struct Config {
     pub reprotect: bool,
     /// The `ax-vmm` program, when it is not beside axd.
     pub ax_vmm: Option<PathBuf>,
+    /// Which side this host is; by the names while it has not met the other one. Not of the file
+    /// ([`crate::partner`]), as are the next two.
+    pub side: Option<Side>,
+    /// Which machine this is.
+    pub machine: Option<MachineId>,
+    /// Which machine the other host is, where it has taken another's place.
+    pub partner_machine: Option<MachineId>,
 }
 
 impl Config {
@@ -68,6 +75,9 @@ impl Config {
             timing: Timing::default(),
             reprotect: true,
             ax_vmm: None,
+            side: None,
+            machine: None,
+            partner_machine: None,
         }
     }
 
@@ -84,9 +94,10 @@ impl Config {
 
     /// Which side of every pair this host is; `A` without a peer.
     pub fn side(&self) -> Side {
-        match &self.peer {
-            Some(peer) => Side::of(&self.name, &peer.name),
-            None => Side::A,
+        match (self.side, &self.peer) {
+            (Some(side), _) => side,
+            (None, Some(peer)) => Side::of(&self.name, &peer.name),
+            (None, None) => Side::A,
         }
     }
 
@@ -442,6 +453,9 @@ pub fn parse(text: &str, path: &Path, default_port: u16) -> Result<Config, Confi
         timing,
         reprotect: raw.reprotect.unwrap_or(true),
         ax_vmm: raw.ax_vmm,
+        side: None,
+        machine: None,
+        partner_machine: None,
     })
 }
 

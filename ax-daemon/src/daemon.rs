@@ -19,6 +19,7 @@ use crate::failure::Failure;
 use crate::ha::{CRASHES_WITHIN, MOST_CRASHES};
 use crate::peer::PeerLink;
 use crate::process::{Places, Process};
+use crate::replace;
 use crate::store::Store;
 
 /// How long a command waits for what axd does of its own accord.
@@ -98,6 +99,8 @@ pub struct Daemon {
     pub(crate) homeward: Mutex<HashMap<String, crate::home::Homeward>>,
     /// Images made for a start that is not settled yet, by (VM, operation).
     pub(crate) made: Mutex<HashMap<(String, u64), Vec<PathBuf>>>,
+    /// VMs that an operator starts from an older copy, the current one being lost.
+    accepted: Mutex<HashSet<String>>,
 }
 
 impl Daemon {
@@ -125,6 +128,7 @@ impl Daemon {
             unprotected: Mutex::default(),
             homeward: Mutex::default(),
             made: Mutex::default(),
+            accepted: Mutex::default(),
         })
     }
 
@@ -245,7 +249,7 @@ impl Daemon {
     /// The specification of a VM's process on this host.
     pub fn spec(&self, vm: &Vm, start: Start) -> Spec {
         let places = Places::of(&self.config, &vm.name);
-        let mut vm = vm.clone();
+        let (name, mut vm) = (vm.name.clone(), vm.clone());
         // Where it runs is axd's business, and its process may be of an earlier version.
         vm.preferred = None;
         for disk in &mut vm.disks {
@@ -267,6 +271,9 @@ impl Daemon {
                 .peer
                 .as_ref()
                 .map_or_else(Vec::new, |p| p.addresses.clone()),
+            side: Some(self.config.side()),
+            machine: self.config.machine,
+            accept_loss: self.accepted.lock().contains(&name),
             timing: self.config.timing,
         }
     }
@@ -400,6 +407,12 @@ impl Daemon {
         if report.vm.mode != Mode::None {
             report.arbiter = self.arbiter_of(&report);
         }
+        if report.processes.is_empty()
+            && let Some(why) = self.lost_with_a_host(&report.vm.name)
+        {
+            (report.state, report.healthy, report.note) = (State::Held, false, why);
+            return report;
+        }
         if report.state == State::Stopped && self.is_missed(&report.vm.name) {
             (report.state, report.healthy) = (State::Failed, false);
             report.note = "ended without being stopped; `axvm events` tells how".to_owned();
@@ -414,6 +427,35 @@ impl Daemon {
             );
         }
         report
+    }
+
+    /// What to tell of a VM whose only current copy went with a host that was replaced.
+    fn lost_with_a_host(&self, name: &str) -> Option<String> {
+        let record = replace::recorded(&self.config.vm_dir(name).join("state"))?;
+        replace::is_lost(&record).then(|| {
+            format!(
+                "its only current copy was on the host that was replaced and is lost with it; `axvm start {name} \
+                 --accept-loss` on {} starts the older copy there",
+                self.config.name
+            )
+        })
+    }
+
+    /// A VM whose current copy is lost starts only by an operator who accepts that, and no other VM does so.
+    fn may_be_started(&self, name: &str, accept_loss: bool) -> Result<(), Failure> {
+        match (self.lost_with_a_host(name), accept_loss) {
+            (Some(why), false) => Err(Failure::new(
+                Code::Arbiter,
+                format!("{name} is held: {why}"),
+            )),
+            (None, true) => Err(Failure::new(
+                Code::Usage,
+                format!(
+                    "--accept-loss: nothing of {name} was lost with a replaced host, as far as this host knows"
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The role and process of a VM on this host, if it answers.
@@ -471,10 +513,17 @@ impl Daemon {
                 define,
                 wait,
                 alone_ok,
-            } => done(
-                self.start(&name, define.as_deref(), wait, alone_ok, tell)
-                    .await?,
-            ),
+                accept_loss,
+            } => {
+                self.may_be_started(&name, accept_loss)?;
+                if accept_loss {
+                    self.accepted.lock().insert(name.clone());
+                }
+                let started = self.start(&name, define.as_deref(), wait, alone_ok, tell);
+                let started = started.await;
+                self.accepted.lock().remove(&name);
+                done(started?)
+            }
             Request::Stop {
                 name, force: true, ..
             } => done(self.stop_by_force(&name, asker).await?),

@@ -14,6 +14,7 @@ Examples:
   axd --config /etc/axd/axd.toml                  run the daemon of this host
   axd pair --config /etc/axd/axd.toml             print a one-time token and wait for the other host
   axd pair --config /etc/axd/axd.toml --token T   use the token another host (or witness) printed
+  axd pair --config /etc/axd/axd.toml --replace beta   host beta is gone; a new machine takes its place
   axd witness --config /etc/axd/witness.toml      run the witness, on a third machine
   axd selfcheck --config /etc/axd/axd.toml        can this host protect VMs?
 
@@ -47,6 +48,16 @@ enum Command {
         /// Address the other machine can reach this one at, for the time of pairing.
         #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "token")]
         listen: Option<SocketAddr>,
+        /// The host of this name is gone for good; the machine that uses the token takes its place.
+        ///
+        /// Run it on the host that is left; on a witness to have it trust the new machine, not the old one.
+        /// VMs go on meanwhile. The new machine begins with an empty data folder, under the old name or another.
+        /// What fails half-way is mended by the same command.
+        #[arg(long, value_name = "HOST", conflicts_with = "token")]
+        replace: Option<String>,
+        /// With --replace: it will never run again, and what is lost with it is lost.
+        #[arg(long, requires = "replace")]
+        i_know_the_peer_is_dead: bool,
     },
     /// Run a witness: a third machine that decides who may run.
     Witness {
@@ -101,11 +112,16 @@ fn main() -> ExitCode {
             config,
             token,
             listen,
+            replace,
+            i_know_the_peer_is_dead: word,
         }) => {
             log_to_stderr("warn");
             load(&config, run::PORT).and_then(|config| match token {
                 Some(token) => pair::use_token(&config, &token),
-                None => pair::wait_for_other(&config, listen),
+                None => {
+                    let replace = replace.map(|old| pair::Replace { old, word });
+                    pair::wait_for_other(&config, listen, replace.as_ref())
+                }
             })
         }
         Some(Command::Witness {

@@ -281,6 +281,7 @@ impl Daemon {
                     define: None,
                     wait: false,
                     alone_ok: true,
+                    accept_loss: false,
                 };
                 peer.forward(start, Some(tell.0.clone())).await.map(drop)
             }

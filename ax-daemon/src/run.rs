@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::events::Events;
 use crate::failure::Failure;
+use crate::partner;
 use crate::peer::PeerLink;
 use crate::server;
 use crate::store::Store;
@@ -88,10 +89,11 @@ pub fn program(config: &Config) -> PathBuf {
 ///
 /// # Errors
 /// It could not begin.
-pub fn run(config: Config) -> Result<(), Failure> {
+pub fn run(mut config: Config) -> Result<(), Failure> {
     let _lock = claim_data_dir(&config.data_dir)?;
     let security = security(&config)?;
     let (store, unreadable) = Store::open(&config.name, config.data_dir.join("vms"))?;
+    partner::settle(&mut config, !store.all().is_empty())?;
     let events = Events::open(&config.name, &config.data_dir);
     for what in unreadable {
         events.note(None, format!("definition left aside: {what}"));

@@ -243,7 +243,7 @@ impl Daemon {
                     Some(&name),
                     format!("found again: process {} goes on", process.pid),
                 );
-                tokio::spawn(self.clone().tell_arbiter(process.clone()));
+                tokio::spawn(self.clone().tell_news(process.clone()));
             }
             self.journal(&name).end();
         }
@@ -252,14 +252,28 @@ impl Daemon {
     }
 
     /// The configuration may name another arbiter than when the process began: a change, once the other
-    /// host's says so too (rule 27).
-    async fn tell_arbiter(self: Arc<Self>, process: Arc<Process>) {
+    /// host's says so too (rule 27). And another machine may be the other host now.
+    async fn tell_news(self: Arc<Self>, process: Arc<Process>) {
         let request = Request::Arbiter {
             arbiter: Box::new(self.config.arbiter.clone()),
             standby: self.config.standby.clone().map(Box::new),
         };
         if let Err(failure) = control::order(&process.control, &request, control::PATIENCE).await {
             tracing::warn!("{} does not hear of its arbiter: {failure}", process.name);
+        }
+        let Some(peer) = &self.config.peer else {
+            return;
+        };
+        let request = Request::Peer {
+            name: peer.name.clone(),
+            addresses: peer.addresses.clone(),
+            machine: self.config.partner_machine,
+        };
+        if let Err(failure) = control::order(&process.control, &request, control::PATIENCE).await {
+            tracing::warn!(
+                "{} does not hear of its other host: {failure}",
+                process.name
+            );
         }
     }
 

@@ -305,6 +305,7 @@ fn without_its_peer_an_ft_vm_starts_only_when_told_to_run_alone() {
         define: Some(Box::new(vm("web", Mode::Ft, ""))),
         wait: true,
         alone_ok: true,
+        accept_loss: false,
     };
     pair.a.done(&request);
     assert_eq!(pair.a.show("web").state, State::Degraded);

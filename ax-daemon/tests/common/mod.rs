@@ -354,6 +354,7 @@ pub fn start(vm: NewVm) -> Request {
         define: Some(Box::new(vm)),
         wait: true,
         alone_ok: false,
+        accept_loss: false,
     }
 }
 
@@ -363,5 +364,6 @@ pub fn start_known(name: &str) -> Request {
         define: None,
         wait: true,
         alone_ok: false,
+        accept_loss: false,
     }
 }

@@ -147,6 +147,9 @@ pub enum Request {
         wait: bool,
         /// Start it unprotected if the other host does not answer.
         alone_ok: bool,
+        /// From the older copy of this host, where the current one was lost with a host that was replaced.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        accept_loss: bool,
     },
     /// Stop a VM in order (rule 26): its guest is asked by its power button first.
     Stop {

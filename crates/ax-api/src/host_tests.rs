@@ -185,6 +185,7 @@ fn requests_and_replies_travel_as_one_line() {
             })),
             wait: true,
             alone_ok: false,
+            accept_loss: false,
         },
     ];
     for request in requests {

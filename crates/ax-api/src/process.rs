@@ -15,7 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use ax_wire::word::{Answer, Letter};
-use ax_wire::{Generation, Incarnation};
+use ax_wire::{Generation, Incarnation, MachineId, Side};
 use serde::{Deserialize, Serialize};
 
 use crate::vm::{Mode, Vm};
@@ -151,6 +151,16 @@ pub struct Spec {
     /// Where the other host's axd listens.
     #[serde(default)]
     pub peer_axd: Vec<SocketAddr>,
+    /// Which side of the pair this host is; by the hosts' names where it is not said.
+    #[serde(default)]
+    pub side: Option<Side>,
+    /// Which machine this host is.
+    #[serde(default)]
+    pub machine: Option<MachineId>,
+    /// An operator starts the VM from a copy that is not current, because the current one was lost with a
+    /// host that was replaced.
+    #[serde(default)]
+    pub accept_loss: bool,
     /// Times that decide.
     pub timing: Timing,
 }
@@ -390,6 +400,16 @@ pub enum Request {
         arbiter: Box<Arbiter>,
         /// Who decides in its place when both sides have lost it.
         standby: Option<Box<Arbiter>>,
+    },
+    /// The other host is this one from now on: the configuration says so, or another machine has taken
+    /// its place.
+    Peer {
+        /// Its name.
+        name: String,
+        /// Where its axd listens.
+        addresses: Vec<SocketAddr>,
+        /// Which machine has taken the place of another, if one has.
+        machine: Option<MachineId>,
     },
     /// The other host writes about the pair's record. Answered by [`Reply::Word`].
     Word {

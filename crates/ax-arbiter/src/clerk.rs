@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use ax_wire::PairId;
-use ax_wire::record::{Arbiter, Decision, State};
+use ax_wire::record::{Arbiter, Change, Decision, State};
 
 use crate::message::{Ask, Fault, Said};
 use crate::rules::{self, Registered, Registration, Standing, Told};
@@ -118,6 +118,10 @@ fn answer(
             let decision = rules::decide(me, entry.as_ref().map(|e| &e.record), request);
             if let (Decision::Granted(record), Some(entry)) = (decision, &mut entry) {
                 entry.record = record;
+                if matches!(request.change, Change::Replace { .. }) {
+                    // The new machine may have another name; the old one is refused by its identity.
+                    entry.forget_host(request.caller.side.other());
+                }
                 records.put(request.pair, entry)?;
             }
             tracing::debug!(pair = %request.pair, caller = %request.caller, ?decision, "decided");
@@ -159,9 +163,16 @@ fn register(
     host: Option<&str>,
     now: Instant,
 ) -> Result<Said, StoreError> {
-    let Registration { pair, side, record } = *new;
+    let Registration {
+        pair, side, record, ..
+    } = *new;
     let mine = Told { record, standing };
     let known = records.get(pair)?;
+    let present = known.as_ref().map(|entry| &entry.record);
+    if new.is_replaced(present) {
+        let known = present.copied().unwrap_or(record);
+        return Ok(Said::Registered(Registered::Replaced { known }));
+    }
     waiting.retain(|_, sides| {
         for slot in sides.iter_mut() {
             slot.take_if(|w| now.duration_since(w.since) > TOGETHER);
@@ -206,7 +217,7 @@ fn register(
                 since: now,
             });
         }
-        Registered::Behind { .. } | Registered::Full => {}
+        Registered::Behind { .. } | Registered::Full | Registered::Replaced { .. } => {}
     }
     Ok(Said::Registered(said))
 }
@@ -231,6 +242,7 @@ mod tests {
                 let registration = Registration {
                     pair: PAIR,
                     side: *side,
+                    machine: None,
                     record,
                 };
                 let ask = Ask::Register {

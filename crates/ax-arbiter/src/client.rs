@@ -279,6 +279,7 @@ impl Client {
                     if matches!(ask, Ask::Stand { .. }) && connection.version < MOVES {
                         return Err(AttemptError::TooOld(connection.version));
                     }
+                    let ask = ask.in_version(connection.version);
                     let answer = exchange(&mut connection, shared.id(), ask, until, &pick)?;
                     shared.keep(connection);
                     Ok(Ok(answer))

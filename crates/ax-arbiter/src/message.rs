@@ -16,11 +16,13 @@ use crate::rules::{Registered, Registration, Standing};
 /// Versions of this dialogue that this build speaks, oldest and newest.
 pub const VERSIONS: Versions = Versions {
     oldest: 1,
-    newest: 2,
+    newest: 3,
 };
 
 /// From this version on a witness knows [`Ask::Stand`].
 pub const MOVES: u16 = 2;
+/// From this version on it is told on which machine a host is.
+pub const MACHINES: u16 = 3;
 
 /// A range of versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
@@ -36,6 +38,23 @@ impl Versions {
     pub fn common(self, other: Versions) -> Option<u16> {
         let newest = self.newest.min(other.newest);
         (newest >= self.oldest.max(other.oldest)).then_some(newest)
+    }
+}
+
+impl Ask {
+    /// The same, as a dialogue of this version can say it.
+    #[must_use]
+    pub fn in_version(mut self, version: u16) -> Ask {
+        if version < MACHINES {
+            match &mut self {
+                Ask::Change(request) => request.machine = None,
+                Ask::Register { registration, .. } | Ask::Stand { registration, .. } => {
+                    registration.machine = None;
+                }
+                Ask::Hello(_) | Ask::Ping | Ask::Look(_) | Ask::Forget { .. } => {}
+            }
+        }
+        self
     }
 }
 
@@ -199,6 +218,7 @@ mod tests {
         let registration = Registration {
             pair: PairId([7; 16]),
             side: ax_wire::Side::B,
+            machine: None,
             record: Record::defined(Copies::Both, me),
         };
         Call {

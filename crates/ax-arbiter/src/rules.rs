@@ -1,9 +1,13 @@
 //! The rules by which an arbiter decides (rules 20–27), as pure functions of its record.
 
 use ax_wire::record::{
-    Arbiter, Change, Copies, Decision, Flush, Loss, Member, Record, Refusal, Request, State, Why,
+    Arbiter, Change, Copies, Decision, Flush, Loss, Member, Record, Refusal, Request, SideOf,
+    State, Why,
 };
-use ax_wire::{Generation, PairId, Side};
+use ax_wire::{EpochId, Generation, MachineId, PairId, Side};
+use bincode::de::Decoder;
+use bincode::enc::Encoder;
+use bincode::error::{DecodeError, EncodeError};
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +26,10 @@ pub fn decide(me: Arbiter, record: Option<&Record>, request: &Request) -> Decisi
     let Some(record) = record else {
         return refused(Why::UnknownPair);
     };
+    let side = request.caller.side;
+    if record.machines.name_another(side, request.machine) {
+        return refused(Why::Replaced);
+    }
     let Some(next) = request.from.0.checked_add(1).map(Generation) else {
         return refused(Why::Exhausted);
     };
@@ -45,11 +53,25 @@ pub fn decide(me: Arbiter, record: Option<&Record>, request: &Request) -> Decisi
         Change::MoveArbiter { to } => to,
         _ => me,
     };
+    let mut machines = record.machines;
+    if let Change::Replace { machine, .. } = request.change {
+        machines = machines
+            .with(side, request.machine)
+            .with(side.other(), Some(machine));
+        if record.holder() == Some(request.caller) {
+            // It runs alone, and goes on by the generation it knows.
+            return Decision::Granted(Record {
+                machines,
+                ..*record
+            });
+        }
+    }
     Decision::Granted(Record {
         generation: next,
         arbiter,
         by: Some(request.caller),
         state,
+        machines,
     })
 }
 
@@ -72,6 +94,7 @@ pub fn was_made_by(record: &Record, request: &Request) -> bool {
             Change::Handover => record.shadow() == Some(caller),
             Change::Stop { epoch, current } => record.state == State::Stopped { epoch, current },
             Change::MoveArbiter { to } => record.arbiter == to,
+            Change::Replace { machine, .. } => record.machines.name(caller.side.other(), machine),
         }
 }
 
@@ -112,6 +135,7 @@ fn next_state(record: &Record, request: &Request) -> Result<State, Why> {
             let protected = record.shadow().is_some();
             match current {
                 _ if holder != caller => Err(Why::NotHolder),
+                Copies::Lost => Err(Why::Copies),
                 // The holder says which disks it has seen made durable.
                 _ if protected => Ok(State::Stopped { epoch, current }),
                 Copies::Only(side) if side == caller.side => Ok(State::Stopped { epoch, current }),
@@ -132,7 +156,40 @@ fn next_state(record: &Record, request: &Request) -> Result<State, Why> {
             } => Ok(record.state),
             State::Alone { .. } | State::Stopped { .. } => Err(Why::NotProtected),
         },
+        Change::Replace { word, .. } => without_the_other(record, caller, word),
     }
+}
+
+/// What is left of a pair on `side` when the other side's machine is gone for good. The machine that comes in
+/// its place has no copy of anything, so none is current there (I4). By `word` an operator knows that the old
+/// one is dead and what is lost with it.
+fn without_the_other(record: &Record, caller: Member, word: bool) -> Result<State, Why> {
+    let side = caller.side;
+    let loss = not_current(record, side);
+    if let (Some(loss), false) = (loss, word) {
+        return Err(Why::NotCurrent(loss));
+    }
+    if record.shadow().is_some() && record.holder() == Some(caller) {
+        return Err(Why::Protected);
+    }
+    let held_there = record.holder().is_some_and(|holder| holder.side != side);
+    if held_there && !word {
+        return Err(Why::OtherHolds);
+    }
+    let current = match loss {
+        None => Copies::Only(side),
+        Some(_) => Copies::Lost,
+    };
+    Ok(match record.state {
+        State::Ft { holder, .. } | State::Alone { holder } if !held_there => {
+            State::Alone { holder }
+        }
+        State::Stopped { epoch, .. } => State::Stopped { epoch, current },
+        State::Ft { .. } | State::Alone { .. } => State::Stopped {
+            epoch: EpochId(0),
+            current,
+        },
+    })
 }
 
 /// Out of FT: whichever of the two members of the record asks first (rules 20–22). A process of
@@ -164,14 +221,50 @@ pub fn not_current(record: &Record, side: Side) -> Option<Loss> {
 }
 
 /// What one side says it knows, so that an arbiter that does not know the pair may learn it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+/// Its binary form without a machine is that of builds which know of none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Registration {
     /// Which pair.
     pub pair: PairId,
     /// Which side says so.
     pub side: Side,
+    /// On which machine; none where it has not been told.
+    pub machine: Option<MachineId>,
     /// The latest record it knows.
     pub record: Record,
+}
+
+impl Encode for Registration {
+    fn encode<E: Encoder>(&self, to: &mut E) -> Result<(), EncodeError> {
+        self.pair.encode(to)?;
+        SideOf::new(self.side, self.machine).encode(to)?;
+        self.record.encode(to)
+    }
+}
+
+impl<C> Decode<C> for Registration {
+    fn decode<D: Decoder<Context = C>>(from: &mut D) -> Result<Self, DecodeError> {
+        let pair = PairId::decode(from)?;
+        let of = SideOf::decode(from)?;
+        Ok(Registration {
+            pair,
+            side: of.side(),
+            machine: of.machine(),
+            record: Record::decode(from)?,
+        })
+    }
+}
+
+bincode::impl_borrow_decode!(Registration);
+
+impl Registration {
+    /// True when another machine is known to be this side, by the arbiter's record or by its own: it was
+    /// replaced, and registers nothing.
+    pub fn is_replaced(&self, known: Option<&Record>) -> bool {
+        let records = [known, Some(&self.record)];
+        let mut records = records.into_iter().flatten();
+        records.any(|record| record.machines.name_another(self.side, self.machine))
+    }
 }
 
 /// How a side stands to the arbiter it speaks to (rule 27).
@@ -223,6 +316,11 @@ pub enum Registered {
     Agreed {
         /// It asks nobody else any more.
         firm: bool,
+    },
+    /// Another machine is the caller's side.
+    Replaced {
+        /// What holds.
+        known: Record,
     },
 }
 
@@ -302,7 +400,7 @@ pub fn decide_by_word(word: Word, record: Option<&Record>, request: &Request) ->
         .is_some_and(|r| matches!(r.state, State::Alone { holder } if holder == request.caller));
     let enough = match (word, request.change) {
         (Word::Nobody, Change::Stop { .. }) => alone,
-        (Word::Nobody, _) | (Word::Peer, Change::StartByOperator) => false,
+        (Word::Nobody, _) | (Word::Peer, Change::StartByOperator | Change::Replace { .. }) => false,
         (Word::Peer | Word::Operator, _) => true,
     };
     match decision {

@@ -1,5 +1,5 @@
 use super::*;
-use ax_wire::record::WitnessId;
+use ax_wire::record::{Machines, WitnessId};
 use ax_wire::{EpochId, Incarnation};
 
 const ME: Arbiter = Arbiter::Witness(WitnessId {
@@ -66,6 +66,7 @@ fn record(state: State) -> Record {
         arbiter: ME,
         by: Some(A),
         state,
+        machines: Default::default(),
     }
 }
 
@@ -73,6 +74,7 @@ fn request(caller: Member, from: u64, change: Change) -> Request {
     Request {
         pair: PAIR,
         caller,
+        machine: None,
         from: Generation(from),
         change,
     }
@@ -436,4 +438,131 @@ fn without_a_witness_nothing_is_decided_alone() {
         Decision::Granted(_)
     ));
     assert_eq!(says(Word::Peer, Change::StartByOperator), held);
+}
+
+const OLD: MachineId = MachineId([0xa; 16]);
+const NEW: MachineId = MachineId([0xc; 16]);
+
+/// What is left of a pair on B when A's machine is gone for good, and what the new one's Start there is told.
+fn replaced(state: State, caller: Member, word: bool) -> Result<(Record, Decision), Why> {
+    let record = Record {
+        machines: Machines::default().with(Side::A, Some(OLD)),
+        ..record(state)
+    };
+    let change = Change::Replace { machine: NEW, word };
+    match decide(ME, Some(&record), &request(caller, 7, change)) {
+        Decision::Granted(after) => {
+            let again = decide(ME, Some(&after), &request(caller, 7, change));
+            assert_eq!(again.granted(), Ok(after), "idempotent");
+            let start = Request {
+                machine: Some(NEW),
+                ..request(A, after.generation.0, Change::Start)
+            };
+            Ok((after, decide(ME, Some(&after), &start)))
+        }
+        Decision::Already(record) => panic!("{record}"),
+        Decision::Refused(refusal) => Err(refusal.why),
+    }
+}
+
+/// I4: whatever the record said of the old machine's copy, the new one has none.
+#[test]
+fn a_new_machine_has_no_copy_and_what_only_the_old_one_had_is_lost() {
+    let nobody = Member {
+        side: Side::B,
+        incarnation: Incarnation(0),
+    };
+    let stopped = |current| State::Stopped {
+        epoch: EpochId(3),
+        current,
+    };
+    let ft = |holder: Member, shadow: Member, flush| State::Ft {
+        holder,
+        shadow: shadow.incarnation,
+        flush,
+    };
+    let (a, b) = (State::Alone { holder: A }, State::Alone { holder: B });
+    let only = |current| State::Stopped {
+        epoch: EpochId(0),
+        current,
+    };
+    // (what was, what is after an operator's word, whether it takes that word)
+    let cases = [
+        (stopped(Copies::Both), stopped(Copies::Only(Side::B)), false),
+        (
+            stopped(Copies::Only(Side::B)),
+            stopped(Copies::Only(Side::B)),
+            false,
+        ),
+        (stopped(Copies::Only(Side::A)), stopped(Copies::Lost), true),
+        (stopped(Copies::Lost), stopped(Copies::Lost), true),
+        (b, b, false),
+        (a, only(Copies::Lost), true),
+        (ft(B, A, Flush::Local), b, false),
+        (ft(B, A, Flush::Both), b, false),
+        (ft(A, B, Flush::Local), only(Copies::Lost), true),
+        (ft(A, B, Flush::Both), only(Copies::Only(Side::B)), true),
+    ];
+    for (before, after, needs_word) in cases {
+        assert_eq!(
+            replaced(before, nobody, false).is_err(),
+            needs_word,
+            "{before:?}"
+        );
+        let (record, start) = replaced(before, nobody, true).unwrap();
+        assert_eq!((record.state, record.generation), (after, Generation(8)));
+        assert!(
+            matches!(
+                start,
+                Decision::Refused(Refusal {
+                    why: Why::NotCurrent(_),
+                    ..
+                })
+            ),
+            "{before:?}: {start:?}"
+        );
+    }
+}
+
+/// Whoever runs alone goes on by the generation it knows.
+#[test]
+fn a_guest_that_runs_alone_does_not_notice_that_the_other_machine_is_replaced() {
+    let (record, _) = replaced(State::Alone { holder: B }, B, false).unwrap();
+    assert_eq!((record.generation, record.by), (Generation(7), Some(A)));
+    let protected = State::Ft {
+        holder: B,
+        shadow: A.incarnation,
+        flush: Flush::Local,
+    };
+    assert_eq!(replaced(protected, B, true).err(), Some(Why::Protected));
+}
+
+#[test]
+fn a_machine_that_was_replaced_neither_asks_nor_registers() {
+    let (record, _) = replaced(State::Alone { holder: A }, B, true).unwrap();
+    for machine in [Some(OLD), None] {
+        let start = Request {
+            machine,
+            ..request(A, 8, Change::StartByOperator)
+        };
+        let decision = decide(ME, Some(&record), &start);
+        assert!(
+            matches!(
+                decision,
+                Decision::Refused(Refusal {
+                    why: Why::Replaced,
+                    ..
+                })
+            ),
+            "{decision:?}"
+        );
+        // A store that was wiped knows of no machines: what it says it knows does.
+        let registration = Registration {
+            pair: PAIR,
+            side: Side::A,
+            machine,
+            record,
+        };
+        assert!(registration.is_replaced(None));
+    }
 }

@@ -100,6 +100,11 @@ impl Entry {
         }
     }
 
+    /// That side's host was replaced: the next that may speak for it is remembered.
+    pub fn forget_host(&mut self, side: Side) {
+        self.hosts[side as usize] = None;
+    }
+
     fn encode(&self) -> Result<Vec<u8>, bincode::error::EncodeError> {
         let mut bytes = vec![LAYOUT];
         bincode::encode_into_std_write(self, &mut bytes, config())?;

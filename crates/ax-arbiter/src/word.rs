@@ -106,7 +106,9 @@ fn objection(stance: Stance, record: &Record, request: &Request) -> Option<Unwil
         return Some(Unwilling::Busy);
     }
     match request.change {
-        Change::StartByOperator | Change::MoveArbiter { .. } => Some(Unwilling::NotByAgreement),
+        Change::StartByOperator | Change::MoveArbiter { .. } | Change::Replace { .. } => {
+            Some(Unwilling::NotByAgreement)
+        }
         Change::Start if !fresh => Some(Unwilling::Lives),
         Change::TakeSolo if me.is_some() && record.holder() == me => Some(Unwilling::Holds),
         _ => None,

@@ -119,7 +119,12 @@ impl Drop for Server {
 }
 
 fn registration(pair: PairId, side: Side, record: Record) -> Registration {
-    Registration { pair, side, record }
+    Registration {
+        pair,
+        side,
+        machine: None,
+        record,
+    }
 }
 
 /// Both sides register; returns their clients.
@@ -141,6 +146,7 @@ fn request(pair: PairId, caller: Member, from: u64, change: Change) -> Request {
     Request {
         pair,
         caller,
+        machine: None,
         from: Generation(from),
         change,
     }

@@ -31,6 +31,7 @@ fn request(caller: Member, from: u64, change: Change) -> Request {
     Request {
         pair: PAIR,
         caller,
+        machine: None,
         from: Generation(from),
         change,
     }

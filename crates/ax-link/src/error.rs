@@ -40,7 +40,7 @@ pub enum LinkError {
     Certificate(String),
     /// A certificate is already trusted under this name.
     #[error(
-        "another certificate ({fingerprint}) is already trusted as {name}; if {name} was set up anew, remove {path} and pair again"
+        "another certificate ({fingerprint}) is already trusted as {name}; if {name} was set up anew on the same machine, with its data, remove {path} and pair again; if another machine takes the place of {name}, `axd pair --replace {name}`"
     )]
     AlreadyTrusted {
         /// The name.
@@ -176,6 +176,22 @@ impl LinkError {
     }
 }
 
+/// How a peer's refusal of this host's certificate begins.
+const DISTRUST: &str = "the peer does not trust this host's certificate";
+
+impl LinkError {
+    /// True when the peer is there and does not trust this host: it is not paired with it, or not any more.
+    pub fn is_distrust(&self) -> bool {
+        match self {
+            LinkError::Tls { source, .. } => tls_text(source).starts_with(DISTRUST),
+            LinkError::Unreachable { attempts, .. } => {
+                attempts.iter().any(|a| a.contains(DISTRUST))
+            }
+            _ => false,
+        }
+    }
+}
+
 /// What TLS says, and what to do about the likely causes.
 fn tls_text(error: &rustls::Error) -> String {
     use rustls::{AlertDescription as Alert, CertificateError, Error};
@@ -187,7 +203,10 @@ fn tls_text(error: &rustls::Error) -> String {
             | Alert::AccessDenied
             | Alert::UnknownCA
             | Alert::CertificateRequired,
-        ) => "the peer does not trust this host's certificate; pair the hosts (axd pair)".into(),
+        ) => format!(
+            "{DISTRUST}; pair the hosts (axd pair), unless another machine has taken this one's place \
+             (axd pair --replace): then empty this one's data folder first"
+        ),
         Error::AlertReceived(Alert::NoApplicationProtocol) | Error::NoApplicationProtocol => {
             "the peer listens for something else (a pairing port is not a link port); check the address".into()
         }

@@ -10,10 +10,12 @@ mod common;
 
 use std::net::TcpStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-use ax_link::pairing::{Offer, PairError, Token, join};
+use ax_link::pairing::{Before, Offer, PairError, Paired, Token, join, join_as};
 use ax_link::{Acceptor, Identity, Preamble, Security, TrustStore};
+use ax_wire::{MachineId, Side};
 use common::*;
 
 const TEN_MINUTES: Duration = Duration::from_secs(600);
@@ -265,4 +267,50 @@ fn an_address_nobody_can_dial_is_refused() {
         .err()
         .unwrap();
     assert!(error.to_string().contains("0.0.0.0"), "{error}");
+}
+
+/// Each does what it has to when it knows who the other is, and before it trusts it.
+#[test]
+fn what_is_to_be_done_before_a_peer_is_trusted_comes_first_or_nobody_is_trusted() {
+    let (anna, bert) = (Host::new("anna"), Host::new("bert"));
+    let machine = MachineId([7; 16]);
+    for fails in [true, false] {
+        let trust = anna.trust.clone();
+        let first: Before = Arc::new(move |new: &Paired| {
+            assert_eq!((new.name.as_str(), new.machine), ("bert", Some(machine)));
+            assert!(trust.names().is_empty(), "not trusted yet");
+            match fails {
+                true => Err("the arbiter is away".to_owned()),
+                false => Ok(Some(Side::B)),
+            }
+        });
+        let offer = anna.offer(TEN_MINUTES).doing(None, first);
+        let token: Token = offer.token().to_string().parse().unwrap();
+        let waiting = std::thread::spawn(move || offer.wait());
+        let trust = bert.trust.clone();
+        let second: Before = Arc::new(move |other: &Paired| {
+            assert_eq!(other.side, Some(Side::B));
+            assert!(trust.names().is_empty(), "not trusted yet");
+            Ok(None)
+        });
+        let joined = join_as(
+            &bert.identity,
+            &bert.trust,
+            &token,
+            SOON,
+            Some(machine),
+            &second,
+        );
+        let offered = waiting.join().unwrap();
+        if fails {
+            let why = joined.unwrap_err().to_string();
+            assert!(why.contains("the arbiter is away"), "{why}");
+            offered.unwrap_err();
+            assert_eq!((anna.trusts(), bert.trusts()), (vec![], vec![]));
+        } else {
+            offered.unwrap();
+            assert_eq!(joined.unwrap().side, Some(Side::B));
+            assert_eq!((anna.trusts().len(), bert.trusts().len()), (1, 1));
+        }
+    }
 }

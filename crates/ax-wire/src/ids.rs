@@ -50,7 +50,37 @@ impl std::str::FromStr for PairId {
 #[error("a pair identity is 32 hexadecimal digits")]
 pub struct ParseIdError;
 
-/// One of the two hosts of a pair, fixed for life: `A` is the host whose name sorts first.
+/// One machine with its data folder: 16 random bytes made with the folder. A machine that takes another's
+/// place has another one, whatever its name.
+#[derive(
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    bincode::Encode,
+    bincode::Decode,
+)]
+pub struct MachineId(pub [u8; 16]);
+
+impl std::fmt::Display for MachineId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+impl std::fmt::Debug for MachineId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MachineId({self})")
+    }
+}
+
+/// One of the two hosts of a pair, fixed for life: `A` is the host whose name sorts first. A machine
+/// that replaces a host for good takes its side, whatever its name.
 #[derive(
     Clone,
     Copy,

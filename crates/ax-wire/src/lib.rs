@@ -33,7 +33,7 @@ pub mod version;
 pub mod word;
 
 pub use aligned::PageAligned;
-pub use ids::{EpochId, Generation, Incarnation, PairId, Session, Side};
+pub use ids::{EpochId, Generation, Incarnation, MachineId, PairId, Session, Side};
 pub use version::{Version, Versions};
 
 /// Size of a guest page, bytes. The handshake refuses a host that uses another size.

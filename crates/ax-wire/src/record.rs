@@ -5,10 +5,13 @@
 //! always on the holder's other side, a stopped pair has no holder, and only a protected one has a
 //! shadow. The rules themselves are `ax_arbiter::rules`.
 
+mod codec;
+
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{EpochId, Generation, Incarnation, PairId, Side};
+pub use self::codec::SideOf;
+use crate::ids::{EpochId, Generation, Incarnation, MachineId, PairId, Side};
 
 /// One process of one side: the only thing that is ever granted anything.
 #[derive(
@@ -52,6 +55,8 @@ pub enum Copies {
     Both,
     /// One side alone; the other's copy is stale (I4).
     Only(Side),
+    /// None: the only current one went with a machine that was replaced. An operator's word starts another.
+    Lost,
 }
 
 /// Where a FLUSH must be durable before it completes (`disk.secondary`, rule 15).
@@ -94,10 +99,54 @@ pub enum State {
     },
 }
 
-/// The arbiter's record of a pair.
+/// Which machine is which side, from the first time on that a machine was replaced; before, any may be. One that
+/// was replaced is no side any more.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    Encode,
+    Decode,
 )]
+pub struct Machines([Option<MachineId>; 2]);
+
+impl Machines {
+    /// True when another machine than this one is known to be that side.
+    pub fn name_another(self, side: Side, machine: Option<MachineId>) -> bool {
+        let known = self.0[side as usize];
+        known.is_some() && known != machine
+    }
+
+    /// True when this machine is known to be that side.
+    pub fn name(self, side: Side, machine: MachineId) -> bool {
+        self.0[side as usize] == Some(machine)
+    }
+
+    /// The same, with this machine as that side, if it says which it is.
+    #[must_use]
+    pub fn with(mut self, side: Side, machine: Option<MachineId>) -> Machines {
+        let known = &mut self.0[side as usize];
+        *known = machine.or(*known);
+        self
+    }
+
+    /// No machine was ever replaced.
+    pub fn are_unnamed(&self) -> bool {
+        *self == Machines::default()
+    }
+}
+
+/// The arbiter's record of a pair. Its binary form without machines is that of builds which know of none
+/// (decisions/0024): they read it, and refuse one that has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Record {
     /// Counts changes.
     pub generation: Generation,
@@ -107,6 +156,9 @@ pub struct Record {
     pub by: Option<Member>,
     /// What holds.
     pub state: State,
+    /// Which machines the sides are.
+    #[serde(default, skip_serializing_if = "Machines::are_unnamed")]
+    pub machines: Machines,
 }
 
 /// A change one side asks for.
@@ -149,17 +201,28 @@ pub enum Change {
         /// The next one.
         to: Arbiter,
     },
+    /// The other side's machine is gone for good and this one takes its place, with no copy of anything: what
+    /// the old one had counts as lost. Asked in the name of the process that runs alone, of which then
+    /// nothing changes, the generation neither; or in nobody's, where no process of this side lives.
+    Replace {
+        /// The new machine.
+        machine: MachineId,
+        /// An operator says that the old one is dead, and has read what is lost with it.
+        word: bool,
+    },
 }
 
-/// One side's request to change the record of a pair.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, Encode, Decode,
-)]
+/// One side's request to change the record of a pair. Its binary form without a machine is that of builds
+/// which know of none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Request {
     /// Which pair.
     pub pair: PairId,
     /// Who asks.
     pub caller: Member,
+    /// On which machine; none where it has not been told, or is not understood.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineId>,
     /// The generation it knows.
     pub from: Generation,
     /// What it asks for.
@@ -221,6 +284,10 @@ pub enum Why {
     NeedsOperator,
     /// The generation cannot grow any more.
     Exhausted,
+    /// Another machine is the caller's side.
+    Replaced,
+    /// The other host runs the VM, as far as the record says.
+    OtherHolds,
 }
 
 /// What starting on a side that is not current would lose.
@@ -245,6 +312,7 @@ impl Record {
                 epoch: EpochId(0),
                 current,
             },
+            machines: Machines::default(),
         }
     }
 
@@ -292,6 +360,7 @@ impl Copies {
         match self {
             Copies::Both => true,
             Copies::Only(only) => only == side,
+            Copies::Lost => false,
         }
     }
 }
@@ -317,6 +386,7 @@ impl std::fmt::Display for Record {
                 match current {
                     Copies::Both => f.write_str("both sides"),
                     Copies::Only(side) => write!(f, "side {side:?} only"),
+                    Copies::Lost => f.write_str("neither side: lost with a replaced host"),
                 }
             }
         }
@@ -361,6 +431,11 @@ impl std::fmt::Display for Why {
                 "there is no witness: this needs the other host's agreement or an operator's word",
             ),
             Why::Exhausted => f.write_str("the generation cannot grow any more"),
+            Why::Replaced => f.write_str(
+                "this host was replaced: another machine has its place in the pair, and what this one \
+                 has of the VM counts for nothing",
+            ),
+            Why::OtherHolds => f.write_str("the record says that the other host runs it"),
         }
     }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::PairId;
 use crate::record::{Record, Refusal, Request};
+use crate::version::Version;
 
 /// What one host knows of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, Encode, Decode)]
@@ -41,6 +42,17 @@ pub struct Letter {
     pub known: Known,
     /// The change it wants, if any.
     pub request: Option<Request>,
+}
+
+impl Letter {
+    /// The same, as a connection of this version can say it: the first one knows no machines.
+    #[must_use]
+    pub fn in_version(mut self, version: Version) -> Letter {
+        if let (Some(request), true) = (&mut self.request, version < Version::SECOND) {
+            request.machine = None;
+        }
+        self
+    }
 }
 
 /// What the other host answers.

@@ -179,6 +179,9 @@ pub enum Command {
         /// Start it unprotected if the other host does not answer.
         #[arg(long)]
         alone_ok: bool,
+        /// Start it from this host's older copy: the current one was lost with a host that was replaced.
+        #[arg(long)]
+        accept_loss: bool,
     },
     /// Define a VM without starting it, or change one that does not run.
     Define {

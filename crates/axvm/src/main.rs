@@ -71,11 +71,13 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
             vm,
             no_wait,
             alone_ok,
+            accept_loss,
         } => Request::Start {
             define: describe::optional(&name, &vm)?.map(Box::new),
             name,
             wait: !no_wait,
             alone_ok,
+            accept_loss,
         },
         Command::Undefine { name } => Request::Undefine { name },
         Command::Autostart { name, state } => Request::Autostart {

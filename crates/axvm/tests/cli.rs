@@ -293,6 +293,7 @@ fn start_says_what_the_options_say() {
         define: Some(vm),
         wait: false,
         alone_ok: false,
+        accept_loss: false,
     } = axd.asked()
     else {
         panic!("another request");

@@ -121,6 +121,8 @@ pub struct Site {
     witness: Option<Daemon>,
     second: Option<Daemon>,
     axd: [Option<Daemon>; 2],
+    /// The name of each side's host, and of its folder and files.
+    machines: [(&'static str, &'static str); 2],
     /// The hosts and networks.
     pub lab: Lab,
     builds: [Build; 3],
@@ -161,6 +163,7 @@ impl Site {
             witness: None,
             second: None,
             axd: [None, None],
+            machines: [("a", "a"), ("b", "b")],
             lab,
             builds,
             spec,
@@ -214,12 +217,88 @@ impl Site {
 
     /// Where a side's axd keeps everything.
     pub fn data_dir(&self, side: Side) -> PathBuf {
-        self.dir.path().join(side.name())
+        self.dir.path().join(self.folder(side))
     }
 
     /// A side's axd.toml.
     pub fn config(&self, side: Side) -> PathBuf {
-        self.dir.path().join(format!("{}.toml", side.name()))
+        self.dir.path().join(format!("{}.toml", self.folder(side)))
+    }
+
+    fn folder(&self, side: Side) -> &'static str {
+        self.machines[side as usize].1
+    }
+
+    /// The name of a side's host, as it is now.
+    fn name(&self, side: Side) -> &'static str {
+        self.machines[side as usize].0
+    }
+
+    /// Puts another machine, called `name`, in a side's place: the host with an empty data folder, `folder`, and
+    /// without any keys. Nothing of it runs, and both sides' configurations name it.
+    ///
+    /// # Errors
+    /// A file can't be written.
+    pub fn put_another(
+        &mut self,
+        side: Side,
+        name: &'static str,
+        folder: &'static str,
+    ) -> Result<()> {
+        drop(self.axd[side as usize].take());
+        self.machines[side as usize] = (name, folder);
+        self.make_dir(&self.data_dir(side))?;
+        for side in [Side::A, Side::B] {
+            self.write(&self.config(side), &self.config_text(side))?;
+        }
+        Ok(())
+    }
+
+    /// Puts the machine with `folder` and `name` back in a side's place, as it was.
+    pub fn put_back(&mut self, side: Side, name: &'static str, folder: &'static str) {
+        drop(self.axd[side as usize].take());
+        self.machines[side as usize] = (name, folder);
+    }
+
+    /// `axd pair --replace` on the other side's host, its token used on this side's machine.
+    ///
+    /// # Errors
+    /// It was refused, or did not come about.
+    pub fn replace(&self, side: Side, old: &str, more: &[&str]) -> Result<String> {
+        let other = side.other();
+        let ip = match other {
+            Side::A => addr::A,
+            Side::B => addr::B,
+        };
+        let (stays, comes) = (self.config(other), self.config(side));
+        let more: Vec<&str> = ["--replace", old]
+            .into_iter()
+            .chain(more.iter().copied())
+            .collect();
+        let at = SocketAddr::from((ip, PAIRING_PORT));
+        self.exchange_as(
+            (self.host(other), self.builds[other as usize], &stays),
+            at,
+            (self.host(side), self.builds[side as usize], &comes),
+            &more,
+        )
+    }
+
+    /// A side's machine is paired with the witness, in place of `old` if that is named.
+    ///
+    /// # Errors
+    /// It did not come about.
+    pub fn pair_with_witness(&self, side: Side, old: Option<&str>) -> Result<()> {
+        let (w, config) = (self.witness_config(), self.config(side));
+        let more: Vec<&str> = old.into_iter().flat_map(|old| ["--replace", old]).collect();
+        let at = SocketAddr::from((addr::WITNESS, PAIRING_PORT));
+        let user = (
+            self.host(side),
+            self.builds[side as usize],
+            config.as_path(),
+        );
+        let witness = (&self.lab.witness, self.builds[2], w.as_path());
+        self.exchange_as(witness, at, user, &more).map(drop)
     }
 
     /// The witness's configuration.
@@ -278,7 +357,10 @@ impl Site {
         command.arg("--config").arg(&config);
         command.env(ax_failpoint::VAR, self.orders(side));
         let name = format!("axd on host {}", side.name());
-        let log = self.dir.path().join(format!("{}-axd.log", side.name()));
+        let log = self
+            .dir
+            .path()
+            .join(format!("{}-axd.log", self.folder(side)));
         let mut daemon = Daemon::start(name, command, log)?;
         let deadline = Instant::now() + READY;
         while !self
@@ -503,9 +585,11 @@ impl Site {
     /// # Errors
     /// When axvm fails.
     pub fn primary(&self, ask: Side, vm: &str) -> Result<Option<Side>> {
-        Ok(self.show(ask, vm)?["primary"]
-            .as_str()
-            .and_then(Side::named))
+        let shown = self.show(ask, vm)?;
+        let name = shown["primary"].as_str();
+        Ok([Side::A, Side::B]
+            .into_iter()
+            .find(|side| Some(self.name(*side)) == name))
     }
 
     /// Every log there is, each under its name, for a message about a failure.
@@ -525,7 +609,7 @@ impl Site {
     }
 
     fn socket(&self, side: Side) -> PathBuf {
-        self.dir.path().join(format!("{}.sock", side.name()))
+        self.dir.path().join(format!("{}.sock", self.folder(side)))
     }
 
     fn security(&self) -> &'static str {
@@ -554,13 +638,13 @@ impl Site {
             "name = {:?}\ndata_dir = {:?}\nsocket = {:?}\nlisten = \"0.0.0.0:{AXD_PORT}\"\n\
              security = {:?}\n{}{}\n\
              [peer]\nname = {:?}\naddresses = {peer:?}\n\n[link]\naddresses = {own:?}\n",
-            side.name(),
+            self.name(side),
             self.data_dir(side),
             self.socket(side),
             self.security(),
             self.spec.extra,
             self.etcd_line(),
-            side.other().name(),
+            self.name(side.other()),
         );
         if self.spec.witness {
             text.push_str(&format!(
@@ -590,13 +674,14 @@ impl Site {
     fn pair(&self) -> Result<()> {
         let (a, b) = (self.config(Side::A), self.config(Side::B));
         let at = |ip| SocketAddr::from((ip, PAIRING_PORT));
-        let [of_a, of_b, of_w] = self.builds;
-        let (a, b) = ((&self.lab.a, of_a, &*a), (&self.lab.b, of_b, &*b));
+        // Machines are paired once, by one build, whatever they run later.
+        let [build, ..] = self.builds;
+        let (a, b) = ((&self.lab.a, build, &*a), (&self.lab.b, build, &*b));
         self.exchange(a, at(addr::A), b)?;
         if self.spec.witness {
             let w = self.witness_config();
             let at = at(addr::WITNESS);
-            let w = (&self.lab.witness, of_w, &*w);
+            let w = (&self.lab.witness, build, &*w);
             self.exchange(w, at, a)?;
             self.exchange(w, at, b)?;
         }
@@ -610,6 +695,17 @@ impl Site {
         at: SocketAddr,
         user: (&Host, Build, &Path),
     ) -> Result<()> {
+        self.exchange_as(listener, at, user, &[]).map(drop)
+    }
+
+    /// The same with more arguments on the printing side; what that said.
+    fn exchange_as(
+        &self,
+        listener: (&Host, Build, &Path),
+        at: SocketAddr,
+        user: (&Host, Build, &Path),
+        more: &[&str],
+    ) -> Result<String> {
         let pair = |(_, _, config): (&Host, Build, &Path)| {
             [
                 "pair".into(),
@@ -621,11 +717,14 @@ impl Site {
             .dir
             .path()
             .join(format!("pair-{}-{}.log", listener.0.name(), user.0.name()));
+        // The token of an earlier time is not this one's.
+        let _ = fs::remove_file(&log);
         let mut command = self.axd_of(listener.0, listener.1)?;
         command
             .args(pair(listener))
             .arg("--listen")
-            .arg(at.to_string());
+            .arg(at.to_string())
+            .args(more);
         let mut waiting = Daemon::start("axd pair", command, log)?;
         let deadline = Instant::now() + READY;
         let token = loop {
@@ -655,7 +754,7 @@ impl Site {
         }
         loop {
             match waiting.exit_status()? {
-                Some(status) if status.success() => return Ok(()),
+                Some(status) if status.success() => return Ok(waiting.log()),
                 Some(_) => {
                     return Err(Error::Product(format!(
                         "axd pair on host {} failed:\n{}",

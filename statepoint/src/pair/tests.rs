@@ -20,6 +20,7 @@ fn record(generation: u64, state: State) -> Record {
         arbiter: Arbiter::Operator,
         by: None,
         state,
+        machines: Default::default(),
     }
 }
 

@@ -54,6 +54,7 @@ fn record(state: State) -> PairRecord {
         arbiter: Arbiter::Operator,
         by: None,
         state,
+        machines: Default::default(),
     }
 }
 

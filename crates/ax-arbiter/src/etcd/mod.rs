@@ -150,11 +150,17 @@ impl Etcd {
         by_operator: bool,
         deadline: Instant,
     ) -> Result<Registered, AskError> {
-        let Registration { pair, side, record } = *registration;
+        let Registration {
+            pair, side, record, ..
+        } = *registration;
         let told = Told { record, standing };
         for _ in 0..CONTENDED {
             let found = self.find(pair, Some(side.other()), deadline)?;
             let me = Arbiter::Witness(found.id);
+            if registration.is_replaced(found.record.as_ref()) {
+                let known = found.record.unwrap_or(record);
+                return Ok(Registered::Replaced { known });
+            }
             let registered = rules::register(
                 me,
                 found.record.as_ref(),

@@ -100,7 +100,7 @@ impl World {
                 keeper.record = Some(record);
                 keeper.waiting = [None; 2];
             }
-            Registered::Behind { .. } | Registered::Full => {}
+            Registered::Behind { .. } | Registered::Full | Registered::Replaced { .. } => {}
             _ => keeper.waiting[at(side)] = Some(told),
         }
         said
@@ -360,6 +360,7 @@ impl World {
                         process.asking = Some(Request {
                             pair: PairId([0; 16]),
                             caller: process.me,
+                            machine: None,
                             from,
                             change,
                         });

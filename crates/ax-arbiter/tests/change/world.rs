@@ -161,6 +161,7 @@ impl World {
                 shadow: b.incarnation,
                 flush: Flush::Local,
             },
+            machines: Default::default(),
         };
         let host = |current| Host {
             record,
@@ -270,6 +271,7 @@ impl World {
         Some(Request {
             pair: PairId([0; 16]),
             caller: self.processes[at(side)].as_ref()?.me,
+            machine: None,
             from: self.hosts[at(side)].record.generation,
             change: Change::MoveArbiter { to: arbiter(NEW) },
         })

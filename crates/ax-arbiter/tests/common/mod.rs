@@ -88,6 +88,7 @@ pub fn request(pair: PairId, caller: Member, from: Generation, change: Change) -
     Request {
         pair,
         caller,
+        machine: None,
         from,
         change,
     }
@@ -108,7 +109,16 @@ pub fn granted(decision: Decision) -> Record {
 
 pub fn register(client: &Client, pair: PairId, side: Side, record: Record) -> Registered {
     client
-        .register(Registration { pair, side, record }, false, deadline())
+        .register(
+            Registration {
+                pair,
+                side,
+                machine: None,
+                record,
+            },
+            false,
+            deadline(),
+        )
         .unwrap()
 }
 

@@ -62,7 +62,15 @@ impl Model for Histories {
                     .iter()
                     .all(|side| !w.is_entitled(*side) || w.settle(*side).runs_alone(*side))
             }),
+            Property::always(
+                "I3, I4: a replaced machine is granted nothing",
+                |_, w: &World| !w.replaced_is_granted_something(),
+            ),
             // The model must reach what it is about.
+            Property::sometimes("a new machine runs the guest", |h: &Self, w: &World| {
+                let new = |side: ax_wire::Side| w.machines[side as usize] > 0;
+                h.0.replacements == 0 || SIDES.iter().any(|s| new(*s) && w.runs_alone(*s))
+            }),
             Property::sometimes("fault tolerant", protected),
             Property::sometimes("the shadow took over", |_, w: &World| {
                 w.record.generation.0 >= 3
@@ -108,6 +116,7 @@ const NOTHING: Budget = Budget {
     failures: 0,
     leaves: 0,
     cuts: 0,
+    replacements: 0,
 };
 
 #[test]
@@ -167,6 +176,30 @@ fn leaving_ft() {
         ..NOTHING
     };
     check("leaving", budget, Flush::Local);
+}
+
+#[test]
+fn replaced_hosts() {
+    let budget = Budget {
+        crashes: 2,
+        restarts: 2,
+        stops: 1,
+        replacements: 1,
+        ..NOTHING
+    };
+    check("replaced", budget, Flush::Local);
+}
+
+#[test]
+fn replaced_hosts_with_disks_durable_on_both_sides() {
+    let budget = Budget {
+        crashes: 2,
+        suspicions: 1,
+        restarts: 2,
+        replacements: 1,
+        ..NOTHING
+    };
+    check("replaced, both disks", budget, Flush::Both);
 }
 
 #[test]

@@ -11,9 +11,9 @@ mod take;
 
 pub use hosts::Hosts;
 
-use ax_arbiter::rules::not_current;
-use ax_wire::record::{Arbiter, Copies, Decision, Flush, Member, Record, Request};
-use ax_wire::{Incarnation, PairId, Side};
+use ax_arbiter::rules::{decide, not_current};
+use ax_wire::record::{Arbiter, Change, Copies, Decision, Flush, Member, Record, Request};
+use ax_wire::{EpochId, Incarnation, MachineId, PairId, Side};
 use statepoint::pair::{Action, Event, Goal, Pair, Phase};
 
 pub const ME: Arbiter = Arbiter::Operator;
@@ -38,6 +38,8 @@ pub struct Budget {
     pub leaves: u8,
     /// Times at which the hosts stop seeing each other.
     pub cuts: u8,
+    /// Hosts that are gone for good, another machine taking their place.
+    pub replacements: u8,
 }
 
 /// One process.
@@ -96,6 +98,8 @@ pub struct World {
     session: Option<Session>,
     /// The side that leaves FT by an order: it tells its shadow.
     leaving: Option<Side>,
+    /// How many machines each side has had before the present one.
+    pub machines: [u8; 2],
     /// Requests of processes that no longer wait for the answer, still on their way.
     strays: Vec<Request>,
     incarnations: u64,
@@ -162,6 +166,14 @@ pub enum Step {
     Meet(Side),
     Part,
     Join,
+    /// The other side's host is gone for good: this side's has another machine take its place.
+    Replace(Side),
+}
+
+fn machine(side: Side, before: u8) -> MachineId {
+    let mut id = [before + 1; 16];
+    id[0] = side as u8;
+    MachineId(id)
 }
 
 fn at(side: Side) -> usize {
@@ -181,11 +193,55 @@ impl World {
             permits: [false, false],
             session: None,
             leaving: None,
+            machines: [0, 0],
             strays: Vec::new(),
             incarnations: 0,
             budget,
             stale_start: false,
         }
+    }
+
+    /// The present machine of a side.
+    pub fn machine(&self, side: Side) -> MachineId {
+        machine(side, self.machines[at(side)])
+    }
+
+    /// A machine that was replaced comes back with all it knew, and asks: what it is told. None of the
+    /// answers may be a grant.
+    pub fn replaced_is_granted_something(&self) -> bool {
+        let stop = Change::Stop {
+            epoch: EpochId(1),
+            current: Copies::Both,
+        };
+        let changes = [
+            Change::Start,
+            Change::StartByOperator,
+            Change::TakeSolo,
+            Change::Handover,
+            stop,
+        ];
+        let members = [self.record.holder(), self.record.shadow()];
+        let asks = |side: Side, before: u8| {
+            let incarnations = members.into_iter().flatten().map(|m| m.incarnation);
+            let callers = incarnations
+                .chain([Incarnation(99)])
+                .map(move |incarnation| Member { side, incarnation });
+            callers.flat_map(move |caller| {
+                changes.map(|change| Request {
+                    pair: PairId([0; 16]),
+                    caller,
+                    machine: Some(machine(side, before)),
+                    from: self.record.generation,
+                    change,
+                })
+            })
+        };
+        let befores = |side: Side| (0..self.machines[at(side)]).map(move |before| (side, before));
+        SIDES
+            .into_iter()
+            .flat_map(befores)
+            .flat_map(|(side, before)| asks(side, before))
+            .any(|ask| !matches!(decide(ME, Some(&self.record), &ask), Decision::Refused(_)))
     }
 
     fn phase(&self, side: Side) -> Option<&Phase> {
@@ -302,6 +358,7 @@ impl World {
                     let request = Request {
                         pair: PairId([0; 16]),
                         caller,
+                        machine: Some(machine(caller.side, self.machines[at(caller.side)])),
                         from,
                         change,
                     };
@@ -409,6 +466,7 @@ impl World {
             failures: 0,
             leaves: 0,
             cuts: 0,
+            replacements: 0,
         };
         world.end(side.other());
         for _ in 0..64 {

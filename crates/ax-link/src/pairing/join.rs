@@ -3,10 +3,13 @@
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use ax_wire::MachineId;
 use ax_wire::channel::printable;
 use ax_wire::frame::FrameKind;
 
-use super::{PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode};
+use super::{
+    Before, PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode, nothing,
+};
 use crate::sock::{Timed, connect_any};
 use crate::{Fingerprint, HostName, Identity, LinkError, Stream, TrustStore, message, tls};
 
@@ -19,6 +22,21 @@ pub fn join(
     trust: &TrustStore,
     token: &Token,
     timeout: Duration,
+) -> Result<Paired, PairError> {
+    join_as(identity, trust, token, timeout, None, &nothing())
+}
+
+/// The same, saying which machine this is; `before` is done before the other side is trusted.
+///
+/// # Errors
+/// [`PairError`]; nothing was stored then.
+pub fn join_as(
+    identity: &Identity,
+    trust: &TrustStore,
+    token: &Token,
+    timeout: Duration,
+    machine: Option<MachineId>,
+    before: &Before,
 ) -> Result<Paired, PairError> {
     let deadline = Instant::now() + timeout;
     let paths = token.addrs.iter().map(|addr| (None, *addr));
@@ -35,12 +53,17 @@ pub fn join(
         version: VERSION,
         secret: token.secret,
         name: identity.name().to_string(),
+        machine,
     };
     let (kind, due) = (FrameKind::Pairing, "take the secret");
     message::send(&mut stream, kind, &encode(&request)?, deadline, due)?;
     let body = message::receive(&mut stream, kind, deadline, "answer the pairing")?;
-    let name: HostName = match decode(&body) {
-        Some(Reply::Paired { name }) => name.parse().map_err(LinkError::from)?,
+    let (name, machine, side): (HostName, _, _) = match decode(&body) {
+        Some(Reply::Paired {
+            name,
+            machine,
+            side,
+        }) => (name.parse().map_err(LinkError::from)?, machine, side),
         Some(Reply::Refused { reason }) => {
             return Err(PairError::Refused(printable(reason.as_bytes())));
         }
@@ -55,13 +78,17 @@ pub fn join(
         .ok_or_else(|| LinkError::Closed {
             peer: stream.describe(),
         })?;
-    trust.add(&name, &cert)?;
-    message::send(&mut stream, kind, STORED, deadline, "take the confirmation")?;
-    stream.finish();
-    Ok(Paired {
+    let paired = Paired {
         name,
         fingerprint: Fingerprint::of(&cert),
-    })
+        machine,
+        side,
+    };
+    before(&paired).map_err(PairError::Before)?;
+    trust.add(&paired.name, &cert)?;
+    message::send(&mut stream, kind, STORED, deadline, "take the confirmation")?;
+    stream.finish();
+    Ok(paired)
 }
 
 fn authenticate(

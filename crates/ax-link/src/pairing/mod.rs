@@ -7,20 +7,25 @@
 //! other is who the person meant, and each stores the other's certificate.
 //!
 //! An offer ends at its first right secret, after three wrong ones, or when its time is over.
-//! Both certificates are stored or, when either side cannot, neither is.
+//! Both certificates are stored or, when either side cannot, neither is. Where a machine takes the place of
+//! one that is gone, each does what it has to ([`Before`]) when it knows the other and before it trusts it.
 
 mod join;
 mod offer;
 mod token;
 
-pub use join::join;
+pub use join::{join, join_as};
 pub use offer::Offer;
 pub use token::{Token, TokenError};
+
+use std::sync::Arc;
+
+use ax_wire::{MachineId, Side};
 
 use crate::{Fingerprint, HostName, LinkError};
 
 /// Version of the dialogue; a different one is refused by name.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// A peer just paired with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +34,19 @@ pub struct Paired {
     pub name: HostName,
     /// Its certificate's fingerprint.
     pub fingerprint: Fingerprint,
+    /// Which machine it is, if it says so.
+    pub machine: Option<MachineId>,
+    /// The joining side: the side of every pair that it is from now on, as the machine it takes the place of.
+    pub side: Option<Side>,
+}
+
+/// Done with a peer that has proven itself, before it is trusted. The offering side says which side the
+/// joining one is from now on, where it takes another's place. Its error ends the pairing.
+pub type Before = Arc<dyn Fn(&Paired) -> Result<Option<Side>, String> + Send + Sync>;
+
+/// Nothing is to be done before.
+pub(crate) fn nothing() -> Before {
+    Arc::new(|_| Ok(None))
 }
 
 /// Why a pairing did not come about, and what to do.
@@ -73,6 +91,9 @@ pub enum PairError {
     /// An address that nobody can dial.
     #[error("{0} is no address that the other host can reach; name one of this host's addresses")]
     Unspecified(std::net::SocketAddr),
+    /// What has to be done before the peer is trusted can't be.
+    #[error("{0}")]
+    Before(String),
     /// The link's own errors.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -84,13 +105,20 @@ struct Request {
     version: u16,
     secret: [u8; token::SECRET],
     name: String,
+    machine: Option<MachineId>,
 }
 
 /// The offering side's answer.
 #[derive(bincode::Encode, bincode::Decode)]
 enum Reply {
-    Paired { name: String },
-    Refused { reason: String },
+    Paired {
+        name: String,
+        machine: Option<MachineId>,
+        side: Option<Side>,
+    },
+    Refused {
+        reason: String,
+    },
 }
 
 /// The joining side has stored the certificate.
@@ -105,6 +133,12 @@ fn encode(value: &impl bincode::Encode) -> Result<Vec<u8>, LinkError> {
         what: "encode a pairing message",
         source: std::io::Error::other(e),
     })
+}
+
+/// True for a request of another version of this dialogue: the version comes first in each.
+fn is_of_another_version(bytes: &[u8]) -> bool {
+    let version = bincode::decode_from_slice::<u16, _>(bytes, config());
+    version.is_ok_and(|(version, _)| version != VERSION)
 }
 
 /// `None` for anything but exactly one value.

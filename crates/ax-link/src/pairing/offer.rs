@@ -6,15 +6,22 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
+use ax_wire::MachineId;
 use ax_wire::frame::FrameKind;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use subtle::ConstantTimeEq;
 
-use super::{PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode};
+use super::{
+    Before, PairError, Paired, Reply, Request, STORED, Token, VERSION, decode, encode,
+    is_of_another_version, nothing,
+};
 use crate::sock::{Timed, linger, poll_until};
 use crate::{Fingerprint, HostName, Identity, LinkError, Stream, TrustStore, message, tls};
+
+/// Why a request of another version of the dialogue is refused.
+const OTHER_VERSION: &str = "it has another AX version; use the same on both hosts";
 
 /// Wrong secrets until the token is void.
 const TRIES: u32 = 3;
@@ -30,6 +37,8 @@ pub struct Offer {
     expires: Instant,
     identity: Identity,
     trust: TrustStore,
+    machine: Option<MachineId>,
+    before: Before,
 }
 
 /// What the dialogues share: whether the secret is still worth anything.
@@ -76,7 +85,16 @@ impl Offer {
             expires: Instant::now() + valid_for,
             identity: identity.clone(),
             trust: trust.clone(),
+            machine: None,
+            before: nothing(),
         })
+    }
+
+    /// Says which machine this is; `before` is done with who comes before it is trusted.
+    #[must_use]
+    pub fn doing(mut self, machine: Option<MachineId>, before: Before) -> Offer {
+        (self.machine, self.before) = (machine, before);
+        self
     }
 
     /// The token to show.
@@ -100,6 +118,8 @@ impl Offer {
         let dialogue = Dialogue {
             identity: self.identity,
             trust: self.trust,
+            machine: self.machine,
+            before: self.before,
             secret: Arc::new(Mutex::new(Secret {
                 token: self.token,
                 expires: self.expires,
@@ -144,6 +164,8 @@ impl Offer {
 struct Dialogue {
     identity: Identity,
     trust: TrustStore,
+    machine: Option<MachineId>,
+    before: Before,
     secret: Arc<Mutex<Secret>>,
     results: Sender<Result<Paired, PairError>>,
     wake: Arc<EventFd>,
@@ -211,7 +233,11 @@ impl Dialogue {
             Some(request) => Ok((stream, request)),
             None => {
                 let peer = stream.describe();
-                refuse(&mut stream, "malformed request", deadline);
+                let why = match is_of_another_version(&body) {
+                    true => OTHER_VERSION,
+                    false => "malformed request",
+                };
+                refuse(&mut stream, why, deadline);
                 Err(LinkError::Closed { peer })
             }
         }
@@ -221,10 +247,7 @@ impl Dialogue {
     /// the offer.
     fn judge(&self, request: &Request) -> Result<(), (&'static str, Option<PairError>)> {
         if request.version != VERSION {
-            return Err((
-                "it has another AX version; use the same on both hosts",
-                None,
-            ));
+            return Err((OTHER_VERSION, None));
         }
         let mut secret = self.secret.lock();
         if secret.used {
@@ -270,6 +293,21 @@ impl Dialogue {
                 peer: stream.describe(),
             })?;
         let fingerprint = Fingerprint::of(&cert);
+        let mut paired = Paired {
+            name: name.clone(),
+            fingerprint,
+            machine: request.machine,
+            side: None,
+        };
+        match (self.before)(&paired) {
+            Ok(side) => paired.side = side,
+            Err(why) => {
+                refuse(stream, &why, Instant::now() + DIALOGUE);
+                return Err(PairError::Before(why));
+            }
+        }
+        // That may have taken its time.
+        let deadline = deadline.max(Instant::now() + DIALOGUE);
         let known = self.trust.name_of(&fingerprint).as_ref() == Some(&name);
         if let Err(error) = self.trust.add(&name, &cert) {
             refuse(stream, &error.to_string(), deadline);
@@ -277,13 +315,15 @@ impl Dialogue {
         }
         let reply = encode(&Reply::Paired {
             name: self.identity.name().to_string(),
+            machine: self.machine,
+            side: paired.side,
         })?;
         let kind = FrameKind::Pairing;
         let stored = message::send(stream, kind, &reply, deadline, "take the answer")
             .and_then(|()| message::receive(stream, kind, deadline, "store the certificate"))
             .is_ok_and(|body| body == STORED);
         if stored {
-            return Ok(Paired { name, fingerprint });
+            return Ok(paired);
         }
         if !known {
             self.trust.remove(&name)?;

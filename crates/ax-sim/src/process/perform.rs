@@ -21,6 +21,7 @@ impl Process {
             Action::Ask(from, change) => self.asker.ask(Some(Request {
                 pair: PAIR,
                 caller: self.parts.mine.me,
+                machine: None,
                 from,
                 change,
             })),

@@ -278,7 +278,14 @@ impl Fault {
             Fault::WitnessWiped => {
                 kill_witness(site)?;
                 site.wipe_witness()?;
-                Ok(site.start_witness()?)
+                let before = registrations(site);
+                site.start_witness()?;
+                // A host that is lost before both have registered anew leaves the VM held (rule 27).
+                let deadline = Instant::now() + super::PATIENCE;
+                while registrations(site) == before && Instant::now() < deadline {
+                    std::thread::sleep(ms(5));
+                }
+                Ok(())
             }
             Fault::StuckEpochs => {
                 let side = if chance.below(2) == 0 { home } else { heir };
@@ -341,6 +348,14 @@ fn until(site: &Site, ask: Side, wanted: &[&str]) -> Result<(), Error> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// How often the VM has been registered with the witness.
+fn registrations(site: &mut Site) -> usize {
+    let log = site
+        .witness()
+        .map_or(String::new(), |witness| witness.log());
+    log.matches("pair registered").count()
 }
 
 /// The VM's process on a side, by this machine's process id.

@@ -32,7 +32,7 @@ pub enum Unanswered {
 pub struct Mail {
     name: String,
     process: Mutex<Option<Connector>>,
-    axd: Connector,
+    axd: Mutex<Connector>,
 }
 
 impl Mail {
@@ -41,8 +41,13 @@ impl Mail {
         Mail {
             name: name.to_owned(),
             process: Mutex::new(None),
-            axd,
+            axd: Mutex::new(axd),
         }
+    }
+
+    /// The other host's axd is reached so from now on.
+    pub fn axd_at(&self, connector: Connector) {
+        *self.axd.lock() = connector;
     }
 
     /// The other process can be reached so.
@@ -65,14 +70,17 @@ impl Mail {
     fn to_axd(&self, letter: &Letter) -> Result<Answer, Unanswered> {
         let away = |e: &dyn std::fmt::Display| Unanswered::Away(e.to_string());
         let until = Instant::now() + TRY;
-        let mut stream = self
-            .axd
-            .open_until(Preamble::rpc(), until)
-            .map_err(|e| away(&e))?;
+        let axd = self.axd.lock().clone();
+        let opened = axd.open_until(Preamble::rpc(), until);
+        let mut stream = opened.map_err(|error| match error.is_distrust() {
+            // It lives: an operator's word that it is dead would be wrong.
+            true => Unanswered::Unable(error.to_string()),
+            false => away(&error),
+        })?;
         timed(&stream, until).map_err(|e| away(&e))?;
         let request = PeerRequest::Word {
             name: self.name.clone(),
-            letter: Box::new(*letter),
+            letter: Box::new(letter.in_version(stream.version())),
         };
         stream.version().has(&request).map_err(|e| away(&e))?;
         let mut line = serde_json::to_vec(&request).map_err(|e| away(&e))?;
@@ -112,6 +120,7 @@ fn to_process(process: &Connector, letter: &Letter) -> Result<Answer, String> {
         .open_until(Preamble::witness(), until)
         .map_err(|e| e.to_string())?;
     timed(&stream, until).map_err(|e| e.to_string())?;
-    message::write(&mut stream, FrameKind::ArbiterCall, letter).map_err(|e| e.to_string())?;
+    let letter = letter.in_version(stream.version());
+    message::write(&mut stream, FrameKind::ArbiterCall, &letter).map_err(|e| e.to_string())?;
     message::read(&mut stream, FrameKind::ArbiterAnswer).map_err(|e| e.to_string())
 }

@@ -16,9 +16,11 @@ use ax_arbiter::word::{self, Stance};
 use ax_failpoint::Point;
 use ax_link::{Connector, Incoming};
 use ax_wire::frame::FrameKind;
-use ax_wire::record::{Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, Why};
+use ax_wire::record::{
+    Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, State, Why,
+};
 use ax_wire::word::{Answer, Known, Letter, Said, Unwilling};
-use ax_wire::{Generation, PairId, Side};
+use ax_wire::{Generation, MachineId, PairId, Side};
 use parking_lot::{Condvar, Mutex};
 
 use super::mail::{Mail, Unanswered};
@@ -50,7 +52,9 @@ pub struct Desk {
     name: String,
     pair: PairId,
     me: Member,
-    peer: String,
+    machine: Option<MachineId>,
+    accept_loss: bool,
+    peer: Mutex<String>,
     first: Known,
     manual: Manual,
     mail: Mail,
@@ -77,6 +81,10 @@ pub struct Owner<'a> {
     pub pair: PairId,
     /// This process.
     pub me: Member,
+    /// Where it runs.
+    pub machine: Option<MachineId>,
+    /// An operator starts the VM from an older copy, the current one being lost.
+    pub accept_loss: bool,
     /// The other host's name.
     pub peer: &'a str,
     /// Whose disks are current if the pair was never started.
@@ -110,7 +118,9 @@ impl Desk {
             name: owner.name.to_owned(),
             pair: owner.pair,
             me: owner.me,
-            peer: owner.peer.to_owned(),
+            machine: owner.machine,
+            accept_loss: owner.accept_loss,
+            peer: Mutex::new(owner.peer.to_owned()),
             first: Known::shared(Record::defined(owner.current, Arbiter::Operator)),
             manual,
             mail: Mail::new(owner.name, axd),
@@ -126,6 +136,40 @@ impl Desk {
     /// The other process can be reached so.
     pub fn peer_at(&self, connector: Connector) {
         self.mail.process_at(connector);
+    }
+
+    /// The other host is this one from now on. If another machine has taken its place while the guest runs
+    /// alone here, the record names that one: nothing else changes.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub fn peer_is(
+        &self,
+        name: &str,
+        axd: Connector,
+        machine: Option<MachineId>,
+    ) -> Result<(), String> {
+        let known = self.known();
+        let alone = matches!(known.record.state, State::Alone { holder } if holder == self.me);
+        let named = machine.is_some_and(|m| known.record.machines.name(self.me.side.other(), m));
+        let is_another = alone && !named;
+        if let (Some(machine), true) = (machine, is_another) {
+            let word = false;
+            let request = Request {
+                pair: self.pair,
+                caller: self.me,
+                machine: self.machine,
+                from: known.record.generation,
+                change: Change::Replace { machine, word },
+            };
+            let changed = self.manual.alone(&self.first, Word::Operator, &request);
+            changed
+                .map_err(|e| e.to_string())?
+                .map_err(|refusal| refusal.to_string())?;
+        }
+        *self.peer.lock() = name.to_owned();
+        self.mail.axd_at(axd);
+        Ok(())
     }
 
     /// Whether this process waits for a primary and has seen none.
@@ -150,7 +194,8 @@ impl Desk {
             return Err(format!(
                 "{} does not wait for an operator's word here: it is held only where the other host, {}, \
                  can't be reached",
-                self.name, self.peer
+                self.name,
+                self.peer.lock()
             ));
         }
         standing.word = true;
@@ -191,7 +236,7 @@ impl Desk {
     pub fn serve(&self, incoming: Incoming) {
         // The TLS handshake proved the name; a plain cable is trusted.
         let named = incoming.stream().peer_name().map(|name| name.as_str());
-        if named.is_some_and(|name| name != self.peer) {
+        if named.is_some_and(|name| name != self.peer.lock().as_str()) {
             incoming.refuse("this process speaks with its pair's other host only");
             return;
         }
@@ -284,11 +329,21 @@ impl Desk {
     }
 
     fn held_text(&self, loss: Option<Why>) -> String {
-        let loss = loss.map_or(String::new(), |why| format!(" ({why})"));
+        let nothing = self.manual.known().is_none();
+        let loss = match loss {
+            Some(why) => format!(" ({why})"),
+            None if nothing => {
+                " (it has never run here, as far as is known: what it did elsewhere \
+                                 would be lost)"
+                    .to_owned()
+            }
+            None => String::new(),
+        };
         format!(
             "the operator's word: host {} can't be reached; if it is dead, `axvm resume {} \
              --i-know-the-peer-is-dead` lets the guest go on here{loss}",
-            self.peer, self.name
+            self.peer.lock(),
+            self.name
         )
     }
 }
@@ -314,6 +369,7 @@ impl AtDesk {
         Request {
             pair: self.0.pair,
             caller: self.0.me,
+            machine: self.0.machine,
             from,
             change,
         }
@@ -401,7 +457,7 @@ impl AtDesk {
                 },
                 Consulted::NotNow(why) => {
                     away = false;
-                    tell(Heard::Silent(format!("host {}: {why}", desk.peer)));
+                    tell(Heard::Silent(format!("host {}: {why}", desk.peer.lock())));
                     desk.wait();
                 }
                 Consulted::Away => {
@@ -433,8 +489,8 @@ impl Keeper for AtDesk {
         let found = match self.0.consult(None) {
             Consulted::Met => Ok(self.0.known().record),
             Consulted::Refused(refusal) => Err(refusal.to_string()),
-            Consulted::NotNow(why) => Err(format!("host {}: {why}", self.0.peer)),
-            Consulted::Away => Err(format!("host {} can't be reached", self.0.peer)),
+            Consulted::NotNow(why) => Err(format!("host {}: {why}", self.0.peer.lock())),
+            Consulted::Away => Err(format!("host {} can't be reached", self.0.peer.lock())),
             Consulted::Conflict(conflict) => Err(conflict.to_string()),
         };
         ax_failpoint::reached(Point::Found);
@@ -447,7 +503,15 @@ impl Keeper for AtDesk {
             let mut standing = self.0.standing.lock();
             (standing.questioned, standing.starting) = (true, change == Change::Start);
         }
-        let heard = self.answer_to(&self.request(from, change), tell);
+        let record = self.0.known().record;
+        let accepted = super::accepting_loss(self.0.accept_loss, &record, change);
+        let request = self.request(from, accepted);
+        let told = match accepted == change {
+            true => None,
+            // The operator has given the word already.
+            false => self.alone(Word::Operator, &request, tell),
+        };
+        let heard = told.unwrap_or_else(|| self.answer_to(&self.request(from, change), tell));
         {
             let mut standing = self.0.standing.lock();
             (standing.questioned, standing.starting, standing.held) = (false, false, false);

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use ax_api::process::Arbiter;
 use ax_wire::Generation;
-use ax_wire::record::{Change, Record, Refusal};
+use ax_wire::record::{Change, Copies, Record, Refusal, State};
 
 use crate::error::Error;
 
@@ -77,6 +77,21 @@ pub trait Keeper: Send {
         standby: Option<Arbiter>,
         tell: &Tell,
     ) -> Result<(), String>;
+}
+
+/// An operator who accepts the loss of the only current copy starts what is left: that, and no more.
+fn accepting_loss(accepts: bool, record: &Record, change: Change) -> Change {
+    let lost = matches!(
+        record.state,
+        State::Stopped {
+            current: Copies::Lost,
+            ..
+        }
+    );
+    match change {
+        Change::Start if accepts && lost => Change::StartByOperator,
+        change => change,
+    }
 }
 
 enum Task {

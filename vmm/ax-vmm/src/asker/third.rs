@@ -15,7 +15,7 @@ use ax_failpoint::Point;
 use ax_wire::record::{
     Arbiter, Change, Copies, Decision, Member, Record, Refusal, Request, Why, WitnessId,
 };
-use ax_wire::{Generation, PairId};
+use ax_wire::{Generation, MachineId, PairId};
 
 use super::course::Course;
 use super::{AGAIN, Heard, Keeper, TRY, Tell};
@@ -41,6 +41,10 @@ pub struct AtThird {
     course: Course,
     pair: PairId,
     me: Member,
+    /// Where it runs.
+    machine: Option<MachineId>,
+    /// An operator starts the VM from an older copy, the current one being lost.
+    accept_loss: bool,
     /// What both sides register of a pair that no arbiter has ever known.
     first: Record,
     /// Since when the present one does not answer.
@@ -83,6 +87,8 @@ impl AtThird {
             course,
             pair,
             me,
+            machine: None,
+            accept_loss: false,
             first: Record::defined(current, Arbiter::Operator),
             silent_since: None,
             shift: None,
@@ -90,6 +96,13 @@ impl AtThird {
         };
         this.look_ahead()?;
         Ok(this)
+    }
+
+    /// On this machine. With `accept_loss` an operator has read that the current copy is lost.
+    #[must_use]
+    pub fn on(mut self, machine: Option<MachineId>, accept_loss: bool) -> AtThird {
+        (self.machine, self.accept_loss) = (machine, accept_loss);
+        self
     }
 
     fn mine(&self) -> Record {
@@ -100,6 +113,7 @@ impl AtThird {
         Registration {
             pair: self.pair,
             side: self.me.side,
+            machine: self.machine,
             record: self.mine(),
         }
     }
@@ -278,6 +292,7 @@ impl AtThird {
         Request {
             pair: self.pair,
             caller: self.me,
+            machine: self.machine,
             from,
             change,
         }
@@ -325,6 +340,10 @@ impl AtThird {
             Registered::Disagrees { other: known } | Registered::Behind { known } => {
                 Ok(Some(Err(refusal(known))))
             }
+            Registered::Replaced { known } => Ok(Some(Err(Refusal {
+                record: Some(known),
+                why: Why::Replaced,
+            }))),
             Registered::Full => Err("the arbiter is full".into()),
         }
     }
@@ -445,6 +464,7 @@ impl Keeper for AtThird {
     }
 
     fn ask(&mut self, from: Generation, change: Change, tell: &Tell) -> Heard {
+        let change = super::accepting_loss(self.accept_loss, &self.mine(), change);
         let question = self.request(from, change);
         ax_failpoint::reached(Point::Asking);
         loop {
@@ -517,7 +537,10 @@ impl Keeper for AtThird {
         match self.client.look(self.pair, Instant::now() + GLANCE) {
             Ok(Some(record)) => {
                 self.answered(true);
-                if record.generation > self.mine().generation
+                let mine = self.mine();
+                // The machine on the other side may have become another one, and nothing else.
+                let named_anew = record.agrees_with(&mine) && record.machines != mine.machines;
+                if (record.generation > mine.generation || named_anew)
                     && let Err(error) = self.course.learned(record)
                 {
                     tracing::warn!(%error, "the record of the pair");

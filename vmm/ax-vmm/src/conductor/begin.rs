@@ -7,9 +7,9 @@ use std::time::Duration;
 use ax_api::process::{Arbiter, Start};
 use ax_api::vm::{Mode, Secondary};
 use ax_link::{Acceptor, Channel};
-use ax_wire::Session;
 use ax_wire::hello::Role as HelloRole;
-use ax_wire::record::{Copies, Flush};
+use ax_wire::record::{Copies, Flush, Record};
+use ax_wire::{Generation, Session};
 use io_barrier::SoloGrant;
 use statepoint::pair::Pair;
 
@@ -47,6 +47,19 @@ impl Conductor {
         }
     }
 
+    /// A machine without a part in a VM that has run since it was defined boots nothing, whatever the record says
+    /// of its side: its images are new, or another machine's (I4).
+    pub(super) fn require_part(&self, record: &Record) -> Result<(), Error> {
+        match self.was_paired || record.generation == Generation(0) || self.spec.accept_loss {
+            true => Ok(()),
+            false => Err(Error::Arbiter(format!(
+                "host {} has no part in this VM, or has lost it, and the VM has run since it was defined \
+                 ({record}): its disks here are not current; start it on the other host",
+                self.spec.host
+            ))),
+        }
+    }
+
     pub(super) fn begin(&mut self) -> Result<(), Error> {
         self.serve_control()?;
         if self.spec.start == Start::Boot {
@@ -67,6 +80,7 @@ impl Conductor {
         }
         // One that was ever a side of a pair may have a newer copy there, whatever its mode is now (I4).
         let known = self.spec.state_dir.join(PAIRED).exists();
+        self.was_paired = known;
         let paired = self.spec.peer.is_some() && (known || self.spec.vm.mode != Mode::None);
         let keeper = match paired {
             true => Some(self.keeper()?),
@@ -128,6 +142,7 @@ impl Conductor {
             let course = Course::open(state_dir, arbiter, standby).map_err(failed)?;
             let connect = self.parts.third_parties();
             let keeper = AtThird::new(connect, course, pair, me, current)?;
+            let keeper = keeper.on(self.spec.machine, self.spec.accept_loss);
             return Ok(Box::new(keeper));
         }
         Course::forget(state_dir).map_err(failed)?;
@@ -135,6 +150,8 @@ impl Conductor {
             name: &self.spec.vm.name,
             pair,
             me,
+            machine: self.spec.machine,
+            accept_loss: self.spec.accept_loss,
             peer: self.spec.peer.as_deref().unwrap_or_default(),
             current,
             fresh: self.spec.start == Start::Shadow,

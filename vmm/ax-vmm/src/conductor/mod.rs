@@ -102,6 +102,8 @@ struct Conductor {
     spec: Spec,
     me: Member,
     life: Life,
+    /// An arbiter knew this VM, and this host as one side of it, before this process.
+    was_paired: bool,
     parts: Parts,
     events: Arc<Events>,
     board: Arc<Board>,
@@ -183,7 +185,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
     )?;
     let peer = spec.peer.clone().unwrap_or_default();
     let me = Member {
-        side: Side::of(&spec.host, &peer),
+        side: spec.side.unwrap_or(Side::of(&spec.host, &peer)),
         incarnation: incarnation(),
     };
     let (events, role) = match spec.start {
@@ -194,6 +196,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
     let mut conductor = Conductor {
         me,
         life: Life::Unborn,
+        was_paired: false,
         parts,
         events,
         board,
@@ -361,6 +364,9 @@ impl Conductor {
     fn hear(&mut self, heard: Heard) -> Result<(), Error> {
         match heard {
             Heard::Known(record) => {
+                if matches!(self.life, Life::Unborn) && self.spec.start == Start::Boot {
+                    self.require_part(&record)?;
+                }
                 self.remember_pair()?;
                 if matches!(self.life, Life::Local) {
                     return self.pair_known(record);

@@ -1,8 +1,10 @@
 //! What operators, axd and the guest itself ask for.
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use ax_api::process::{Press, Reply, Request, Role, What};
+use ax_wire::MachineId;
 use statepoint::pair::{Event, Phase};
 
 use super::{Conductor, Ended, Life};
@@ -84,6 +86,11 @@ impl Conductor {
                 }
                 Reply::Done
             }
+            Request::Peer {
+                name,
+                addresses,
+                machine,
+            } => done(self.peer_is(name, addresses, machine)),
             Request::Word { letter } => self.written_to(&letter),
             Request::PeerGone { incarnation } => {
                 let primary = self.shadowing.as_ref().map(|s| s.primary.incarnation);
@@ -98,6 +105,26 @@ impl Conductor {
         };
         let _ = reply.send(answer);
         self.show();
+        Ok(())
+    }
+
+    /// The other host is this one from now on.
+    fn peer_is(
+        &mut self,
+        name: String,
+        addresses: Vec<SocketAddr>,
+        machine: Option<MachineId>,
+    ) -> Result<(), String> {
+        if self.spec.peer.is_none() {
+            return Err("this VM was started without another host".into());
+        }
+        let mut spec = self.spec.clone();
+        (spec.peer, spec.peer_axd) = (Some(name.clone()), addresses);
+        let axd = self.parts.peer_axd(&spec).map_err(|e| e.to_string())?;
+        if let Some(desk) = &self.desk {
+            desk.peer_is(&name, axd, machine)?;
+        }
+        self.spec = spec;
         Ok(())
     }
 

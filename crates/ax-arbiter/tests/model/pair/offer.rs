@@ -14,6 +14,20 @@ impl World {
         let session = self.session.as_ref();
         for side in SIDES {
             let other = side.other();
+            let replaces = match self.phase(side) {
+                None => true,
+                Some(Phase::Alone { filling, .. }) => filling.is_none(),
+                Some(_) => false,
+            };
+            // Where nothing has ever run nothing is lost.
+            let ran = self.record.generation > Generation(0);
+            if self.budget.replacements > 0
+                && self.processes[at(other)].is_none()
+                && replaces
+                && ran
+            {
+                steps.push(Step::Replace(side));
+            }
             let Some(process) = &self.processes[at(side)] else {
                 if self.budget.restarts > 0 || self.incarnations < 2 {
                     steps.push(Step::StartShadow(side));

@@ -1,9 +1,8 @@
 //! What a step does to a world.
 
 use ax_arbiter::rules::decide;
-use ax_wire::EpochId;
-use ax_wire::Side;
-use ax_wire::record::{Decision, Flush, Request, State};
+use ax_wire::record::{Change, Decision, Flush, Member, Request, State};
+use ax_wire::{EpochId, Incarnation, PairId, Side};
 use statepoint::pair::{Event, Goal, Phase};
 
 use super::{Gate, ME, SIDES, Session, Step, World, at};
@@ -137,6 +136,7 @@ impl World {
             | Step::Meet(_)
             | Step::Part
             | Step::Join => self.take_of_hosts(step),
+            Step::Replace(side) => self.replace(side),
             Step::Crash(side) => {
                 self.budget.crashes -= 1;
                 self.end(side);
@@ -149,6 +149,34 @@ impl World {
             }
         }
         self.forget_what_cannot_matter();
+    }
+
+    /// As `axd pair --replace` does it: in the name of the process that runs alone on this side, or of nobody.
+    fn replace(&mut self, side: Side) {
+        let other = side.other();
+        self.budget.replacements -= 1;
+        self.machines[at(other)] += 1;
+        let process = self.processes[at(side)].as_ref();
+        let caller = Member {
+            side,
+            incarnation: process.map_or(Incarnation(0), |p| p.pair.me.incarnation),
+        };
+        let change = Change::Replace {
+            machine: self.machine(other),
+            word: true,
+        };
+        let request = Request {
+            pair: PairId([0; 16]),
+            caller,
+            machine: Some(self.machine(side)),
+            from: self.record.generation,
+            change,
+        };
+        let decision = self.decide(&request);
+        assert!(decision.granted().is_ok(), "{decision:?}");
+        // The new one has no disks.
+        self.disks[at(other)] = false;
+        self.marked[at(other)] = false;
     }
 
     fn resigns(&self, side: Side) -> bool {
