@@ -55,9 +55,7 @@ pub fn decide(me: Arbiter, record: Option<&Record>, request: &Request) -> Decisi
     };
     let mut machines = record.machines;
     if let Change::Replace { machine, .. } = request.change {
-        machines = machines
-            .with(side, request.machine)
-            .with(side.other(), Some(machine));
+        machines = machines.with(side.other(), machine);
         if record.holder() == Some(request.caller) {
             // It runs alone, and goes on by the generation it knows.
             return Decision::Granted(Record {

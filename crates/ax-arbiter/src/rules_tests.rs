@@ -446,7 +446,7 @@ const NEW: MachineId = MachineId([0xc; 16]);
 /// What is left of a pair on B when A's machine is gone for good, and what the new one's Start there is told.
 fn replaced(state: State, caller: Member, word: bool) -> Result<(Record, Decision), Why> {
     let record = Record {
-        machines: Machines::default().with(Side::A, Some(OLD)),
+        machines: Machines::default().with(Side::A, OLD),
         ..record(state)
     };
     let change = Change::Replace { machine: NEW, word };

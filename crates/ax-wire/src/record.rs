@@ -99,8 +99,8 @@ pub enum State {
     },
 }
 
-/// Which machine is which side, from the first time on that a machine was replaced; before, any may be. One that
-/// was replaced is no side any more.
+/// Which machine is which side, once the one before was replaced, which then is no side any more; before, any
+/// that is trusted may be.
 #[derive(
     Clone,
     Copy,
@@ -130,11 +130,10 @@ impl Machines {
         self.0[side as usize] == Some(machine)
     }
 
-    /// The same, with this machine as that side, if it says which it is.
+    /// The same, with this machine as that side.
     #[must_use]
-    pub fn with(mut self, side: Side, machine: Option<MachineId>) -> Machines {
-        let known = &mut self.0[side as usize];
-        *known = machine.or(*known);
+    pub fn with(mut self, side: Side, machine: MachineId) -> Machines {
+        self.0[side as usize] = Some(machine);
         self
     }
 

@@ -242,7 +242,7 @@ mod tests {
             };
             assert_eq!(bytes(new), bytes(&old));
             assert_eq!(read::<Record>(&bytes(&old)), Some(new));
-            new.machines = new.machines.with(Side::B, Some(MachineId([6; 16])));
+            new.machines = new.machines.with(Side::B, MachineId([6; 16]));
             assert_eq!(read::<Record>(&bytes(new)), Some(new));
             assert_eq!(read::<RecordV1>(&bytes(new)), None);
         }
