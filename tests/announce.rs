@@ -43,13 +43,11 @@ fn every_announcement_after_a_failover_has_the_guests_address() {
     let heard = capture.stop().unwrap();
     clients.are_content();
 
-    assert!(
-        heard.iter().all(|(at, _)| *at >= killed.at),
-        "announced while nothing had happened"
-    );
-    // A bridge may begin to forward in the middle of an announcement.
+    // The side that dies announces its guest, too, for some seconds after its start; and a bridge may begin to
+    // forward in the middle of an announcement.
     let heard: Vec<_> = heard
         .into_iter()
+        .filter(|(at, _)| *at >= killed.at)
         .skip_while(|(_, frame)| !is_rarp(frame))
         .collect();
     let kinds: Vec<bool> = heard.iter().map(|(_, frame)| is_rarp(frame)).collect();
