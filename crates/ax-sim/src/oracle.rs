@@ -65,16 +65,25 @@ impl Oracle {
     }
 
     /// A guest booted and found these records on its disk: the last number, and the nonces still there.
+    /// `answered` is the last number that was answered for when it began to.
     ///
     /// # Errors
     /// An acknowledged record is missing, or another one is in its place.
-    pub fn booted(&self, last: u64, nonces: &HashMap<u64, u64>) -> Result<(), String> {
+    pub fn booted(
+        &self,
+        answered: u64,
+        last: u64,
+        nonces: &HashMap<u64, u64>,
+    ) -> Result<(), String> {
         let mut seen = self.0.lock();
-        if last < seen.last {
+        if last < answered {
             return Err(format!(
-                "I4: the disk ends with record {last}, {} was answered for",
-                seen.last
+                "I4: the disk ends with record {last}, {answered} was answered for"
             ));
+        }
+        if last < seen.last {
+            // It stood still while it booted, and the guest has gone on elsewhere since.
+            return Ok(());
         }
         for (number, nonce) in nonces {
             if seen.nonces.get(number).is_some_and(|n| n != nonce) {

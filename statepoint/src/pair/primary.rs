@@ -113,10 +113,10 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
                 record,
                 filling: None,
             },
-            vec![Action::DropShadow],
+            not_filled(record),
         ),
         (Phase::Alone { record, filling }, Event::Stop) => {
-            let dropped = filling.map(|_| Action::DropShadow);
+            let dropped = filling.map_or(vec![], |_| not_filled(record));
             let actions = dropped.into_iter().chain([Action::ParkForGood]).collect();
             (
                 Phase::Parking {
@@ -306,4 +306,10 @@ pub(super) fn step(me: Member, flush: Flush, phase: Phase, event: Event) -> (Pha
 
         (phase, _) => (phase, vec![]),
     }
+}
+
+/// A shadow is lost on the way. At the copy's end the engine holds outputs before this state machine hears of it:
+/// they pass again, once there is no engine any more.
+fn not_filled(record: Record) -> Vec<Action> {
+    vec![Action::DropShadow, Action::ReleaseAlone(record)]
 }

@@ -116,6 +116,26 @@ fn a_shadow_lost_before_ft_was_asked_for_costs_nothing() {
     assert_eq!(pair.may_release(), Some(alone(1, A)));
 }
 
+/// The engine holds outputs at the copy's end, and the loss may be heard of before that end is.
+#[test]
+fn a_shadow_lost_or_dropped_while_it_is_filled_leaves_no_output_held() {
+    for event in [Event::PeerLost, Event::Leave, Event::Stop] {
+        let (pair, _) = Pair::starting(A, Flush::Local, Generation(0));
+        let (_, actions) = play(
+            pair,
+            [
+                Event::Granted(alone(1, A)),
+                Event::CopyBegun(B.incarnation),
+                event,
+            ],
+        );
+        assert_eq!(
+            actions.get(..2),
+            Some(&[Action::DropShadow, Action::ReleaseAlone(alone(1, A))][..])
+        );
+    }
+}
+
 #[test]
 fn a_shadow_lost_while_ft_is_being_asked_for_is_dropped_at_the_arbiter_first() {
     let (pair, _) = Pair::starting(A, Flush::Local, Generation(0));

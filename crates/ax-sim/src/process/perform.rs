@@ -113,6 +113,7 @@ impl Process {
         let parts = &self.parts;
         let (universe, failed) = (Arc::clone(&parts.universe), Arc::clone(&parts.failed));
         let me = parts.mine.me;
+        let (_, answered) = universe.oracle.answers();
         let ports = Ports {
             barrier: Arc::clone(&parts.barrier),
             image: Arc::clone(&parts.image),
@@ -120,7 +121,7 @@ impl Process {
             sync: universe.setting.sync,
             booted: Box::new(move |last, found| {
                 universe.say(&format!("{me} booted; its ledger ends with {last}"));
-                if let Err(why) = universe.oracle.booted(last, found) {
+                if let Err(why) = universe.oracle.booted(answered, last, found) {
                     failed(&why);
                 }
             }),
