@@ -364,7 +364,11 @@ fn one(site: &mut Site, fault: Fault, n: u32, chance: &mut Chance) -> Result<Out
     outcome.protected = until_protected(site, &mut outcome);
     match answered {
         Ok(()) => {
-            clients.go_on()?;
+            if let Err(e) = clients.go_on() {
+                let name = fault.name();
+                let why = format!("{name}: the guest does not go on: {e}\n{}", site.logs());
+                return Err(Error::Failed(why));
+            }
             clients.judge(fault, struck, &mut outcome)?;
         }
         Err(e) => {
