@@ -168,7 +168,7 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
             names.join(", ")
         )));
     }
-    let mut site = begin(disks)?;
+    let mut site = begin(disks, options.runs)?;
     let mut summary = Summary {
         runs: options.runs,
         ..Summary::default()
@@ -209,7 +209,7 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
             eprintln!("{}", site.logs());
             // What is wrong now would spoil every later run.
             drop(site);
-            site = begin(disks)?;
+            site = begin(disks, options.runs)?;
         }
     }
     if let Some(why) = unequal(&site)? {
@@ -232,8 +232,9 @@ fn campaign(options: &Options) -> Result<ExitCode, Error> {
     })
 }
 
-/// A site with the VM protected on it.
-fn begin(disks: bool) -> Result<Site, Error> {
+/// A site with the VM protected on it, its disk large enough for what so many runs append to the ledger: some
+/// hundred records of 1 KiB each.
+fn begin(disks: bool, runs: u32) -> Result<Site, Error> {
     let spec = SiteSpec {
         disks,
         ..SiteSpec::default()
@@ -241,8 +242,9 @@ fn begin(disks: bool) -> Result<Site, Error> {
     let site = Site::new(spec.with_links(1, 1))?;
     let cmdline = format!("ip={GUEST}/{}", addr::LAN_PREFIX);
     let net = format!("tap={TAP}");
+    let disk = format!("vm.img,size={}M", 64 * runs.div_ceil(100).max(1));
     let mut args = vec!["start", VM, "--mode", "ft", "--probe", "--memory", "96M"];
-    args.extend(["--disk", "vm.img,size=64M", "--net", &net]);
+    args.extend(["--disk", &disk, "--net", &net]);
     args.extend(["--cmdline", &cmdline, "--verify-every", "200"]);
     site.run_axvm(Side::A, &args)?;
     site.run_axvm(Side::A, &["autostart", VM, "on"])?;
