@@ -6,7 +6,7 @@ use ax_sync::MutexGuard;
 use ax_wire::EpochId;
 use ax_wire::records::{Record, Records, push, record_size};
 
-use super::{Barrier, Gate, Held, OutputSink, POWER_RESERVE, leave};
+use super::{Barrier, Gate, Held, OutputSink, POWER_RESERVE, Queue, leave};
 use crate::{FtGrant, Grant, ShadowOutputs, ShadowOutputsFull, SoloGrant};
 
 impl Barrier {
@@ -155,23 +155,13 @@ impl Barrier {
         again
     }
 
-    /// Lets out what was held in the open epoch while a lease was over.
+    /// Lets out what was held in the open epoch while a lease was over. Without a buffer to take its place the
+    /// next acknowledgement tries again.
     pub(super) fn drain_open(&self, sink: &mut MutexGuard<'_, Box<dyn OutputSink>>) {
-        let mut queue = self.queue.lock();
-        if queue.open.is_empty() {
-            return;
+        let queue = self.queue.lock();
+        if !queue.open.is_empty() {
+            self.let_open_out(sink, queue);
         }
-        let Some(next) = queue.spare.pop() else {
-            return; // the next acknowledgement tries again
-        };
-        let mut open = std::mem::replace(&mut queue.open, next);
-        queue.open_has_power = false;
-        drop(queue);
-        Records::new(&open)
-            .map_while(Result::ok)
-            .for_each(|record| leave(sink.as_mut(), record));
-        open.clear();
-        self.queue.lock().spare.push(open);
     }
 
     /// Lets everything out until the queue is empty with both locks held, then opens the gate.
@@ -188,17 +178,25 @@ impl Barrier {
                 return;
             }
             // With nothing sealed every other buffer is spare, and there is at least one.
-            let Some(next) = queue.spare.pop() else {
-                continue;
-            };
-            let mut open = std::mem::replace(&mut queue.open, next);
-            queue.open_has_power = false;
-            drop(queue);
-            Records::new(&open)
-                .map_while(Result::ok)
-                .for_each(|record| leave(sink.as_mut(), record));
-            open.clear();
-            self.queue.lock().spare.push(open);
+            self.let_open_out(sink, queue);
         }
+    }
+
+    fn let_open_out(
+        &self,
+        sink: &mut MutexGuard<'_, Box<dyn OutputSink>>,
+        mut queue: MutexGuard<'_, Queue>,
+    ) {
+        let Some(next) = queue.spare.pop() else {
+            return;
+        };
+        let mut open = std::mem::replace(&mut queue.open, next);
+        queue.open_has_power = false;
+        drop(queue);
+        Records::new(&open)
+            .map_while(Result::ok)
+            .for_each(|record| leave(sink.as_mut(), record));
+        open.clear();
+        self.queue.lock().spare.push(open);
     }
 }

@@ -1,8 +1,10 @@
 //! A site as a customer has it: two hosts with axd, paired, and a witness; set up with the
 //! product's own commands, in a [`Lab`].
 
+mod arbiters;
+mod keys;
+
 use std::fs;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -234,73 +236,6 @@ impl Site {
         self.machines[side as usize].0
     }
 
-    /// Puts another machine, called `name`, in a side's place: the host with an empty data folder, `folder`, and
-    /// without any keys. Nothing of it runs, and both sides' configurations name it.
-    ///
-    /// # Errors
-    /// A file can't be written.
-    pub fn put_another(
-        &mut self,
-        side: Side,
-        name: &'static str,
-        folder: &'static str,
-    ) -> Result<()> {
-        drop(self.axd[side as usize].take());
-        self.machines[side as usize] = (name, folder);
-        self.make_dir(&self.data_dir(side))?;
-        for side in [Side::A, Side::B] {
-            self.write(&self.config(side), &self.config_text(side))?;
-        }
-        Ok(())
-    }
-
-    /// Puts the machine with `folder` and `name` back in a side's place, as it was.
-    pub fn put_back(&mut self, side: Side, name: &'static str, folder: &'static str) {
-        drop(self.axd[side as usize].take());
-        self.machines[side as usize] = (name, folder);
-    }
-
-    /// `axd pair --replace` on the other side's host, its token used on this side's machine.
-    ///
-    /// # Errors
-    /// It was refused, or did not come about.
-    pub fn replace(&self, side: Side, old: &str, more: &[&str]) -> Result<String> {
-        let other = side.other();
-        let ip = match other {
-            Side::A => addr::A,
-            Side::B => addr::B,
-        };
-        let (stays, comes) = (self.config(other), self.config(side));
-        let more: Vec<&str> = ["--replace", old]
-            .into_iter()
-            .chain(more.iter().copied())
-            .collect();
-        let at = SocketAddr::from((ip, PAIRING_PORT));
-        self.exchange_as(
-            (self.host(other), self.builds[other as usize], &stays),
-            at,
-            (self.host(side), self.builds[side as usize], &comes),
-            &more,
-        )
-    }
-
-    /// A side's machine is paired with the witness, in place of `old` if that is named.
-    ///
-    /// # Errors
-    /// It did not come about.
-    pub fn pair_with_witness(&self, side: Side, old: Option<&str>) -> Result<()> {
-        let (w, config) = (self.witness_config(), self.config(side));
-        let more: Vec<&str> = old.into_iter().flat_map(|old| ["--replace", old]).collect();
-        let at = SocketAddr::from((addr::WITNESS, PAIRING_PORT));
-        let user = (
-            self.host(side),
-            self.builds[side as usize],
-            config.as_path(),
-        );
-        let witness = (&self.lab.witness, self.builds[2], w.as_path());
-        self.exchange_as(witness, at, user, &more).map(drop)
-    }
-
     /// The witness's configuration.
     pub fn witness_config(&self) -> PathBuf {
         self.dir.path().join("w.toml")
@@ -402,146 +337,6 @@ impl Site {
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(())
-    }
-
-    /// Starts the witness, anew if one ran before; nothing to do for a site without.
-    ///
-    /// # Errors
-    /// When it does not listen in time; with its log.
-    pub fn start_witness(&mut self) -> Result<()> {
-        if self.spec.etcd {
-            return self.start_etcd();
-        }
-        if !self.spec.witness {
-            return Ok(());
-        }
-        drop(self.witness.take());
-        let config = self.witness_config();
-        let mut command = self.axd_of(&self.lab.witness, self.builds[WITNESS])?;
-        command.args(["witness".as_ref(), "--config".as_ref(), config.as_os_str()]);
-        let log = self.dir.path().join("witness-axd.log");
-        self.witness = Some(Daemon::start("axd on host witness", command, log)?);
-        self.wait_for_witness("axd witness", WITNESS_PORT)
-    }
-
-    /// Starts a second witness, `witness2`, with a store of its own, beside the first one. For sites without
-    /// mutual TLS: it has no keys.
-    ///
-    /// # Errors
-    /// When it does not listen in time; with its log.
-    pub fn start_second_witness(&mut self) -> Result<()> {
-        drop(self.second.take());
-        let dir = self.dir.path().join("w2");
-        self.make_dir(&dir)?;
-        let args = [
-            "witness".as_ref(),
-            "--name".as_ref(),
-            "witness2".as_ref(),
-            "--plain".as_ref(),
-            "--data-dir".as_ref(),
-            dir.as_os_str(),
-            "--listen".as_ref(),
-            SECOND_WITNESS.as_ref(),
-        ];
-        let logs = self.dir.path().join("second");
-        self.make_dir(&logs)?;
-        let mut command = self.axd_of(&self.lab.witness, self.builds[WITNESS])?;
-        command.args(args);
-        let log = logs.join("witness-axd.log");
-        let daemon = Daemon::start("second axd on host witness", command, log)?;
-        let port = SECOND_WITNESS_PORT;
-        self.second = Some(daemon);
-        self.wait_for_witness("the second axd witness", port)
-    }
-
-    /// The folder with the first witness's store.
-    pub fn witness_store(&self) -> PathBuf {
-        self.dir.path().join("w").join("witness")
-    }
-
-    /// Writes into both hosts' configurations, in place of the first witness, the second one as the
-    /// witness, or as the one that stands by. An axd reads it when it is started anew.
-    ///
-    /// # Errors
-    /// A file can't be written.
-    pub fn name_second_witness(&self, as_standby: bool) -> Result<()> {
-        for side in [Side::A, Side::B] {
-            let text = self.config_text(side);
-            let at = text.find("\n[witness]").unwrap_or(text.len());
-            let (rest, first) = text.split_at(at);
-            let (first, kind) = match as_standby {
-                true => (first, "standby"),
-                false => ("", "witness"),
-            };
-            let second = format!(
-                "\n[{kind}]\nname = \"witness2\"\naddresses = [\"{}:{SECOND_WITNESS_PORT}\"]\n",
-                addr::WITNESS
-            );
-            self.write(&self.config(side), &format!("{rest}{first}{second}"))?;
-        }
-        Ok(())
-    }
-
-    /// Waits until what was started in the witness's place listens.
-    fn wait_for_witness(&mut self, program: &str, port: u16) -> Result<()> {
-        let target = (addr::WITNESS, port).into();
-        let deadline = Instant::now() + READY;
-        let answers =
-            || std::net::TcpStream::connect_timeout(&target, Duration::from_millis(200)).is_ok();
-        while !self.lab.client.run(answers)? {
-            let second = port == SECOND_WITNESS_PORT;
-            let daemon = if second {
-                &mut self.second
-            } else {
-                &mut self.witness
-            };
-            let ended = match daemon {
-                Some(daemon) => daemon.exit_status()?.is_some(),
-                None => true,
-            };
-            if ended || Instant::now() > deadline {
-                return Err(Error::NotReady {
-                    program: program.into(),
-                    wanted: format!("an open port {port}"),
-                    seconds: READY.as_secs(),
-                    log: daemon.as_ref().map_or(String::new(), Daemon::log),
-                });
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
-    }
-
-    /// Starts etcd on the witness's host, anew if one ran before, with the data it had.
-    fn start_etcd(&mut self) -> Result<()> {
-        drop(self.witness.take());
-        let data = self.dir.path().join("etcd");
-        let (client, peer) = (
-            format!("http://{}:{ETCD_PORT}", addr::WITNESS),
-            format!("http://{}:2380", addr::WITNESS),
-        );
-        let mut command = self.lab.witness.command(Path::new("etcd"));
-        command
-            .args(["--name", "t", "--logger", "zap", "--log-level", "warn"])
-            .arg("--data-dir")
-            .arg(&data)
-            .args([
-                "--listen-client-urls",
-                &client,
-                "--advertise-client-urls",
-                &client,
-            ])
-            .args([
-                "--listen-peer-urls",
-                &peer,
-                "--initial-advertise-peer-urls",
-                &peer,
-            ])
-            .args(["--initial-cluster", &format!("t={peer}")]);
-        let log = self.dir.path().join("etcd.log");
-        let daemon = Daemon::start("etcd", command, log)?;
-        self.witness = Some(daemon);
-        self.wait_for_witness("etcd", ETCD_PORT)
     }
 
     /// `axvm` on a side's host, talking to that side's axd; arguments are to be added.
@@ -655,13 +450,6 @@ impl Site {
         text
     }
 
-    fn etcd_line(&self) -> String {
-        match self.spec.etcd {
-            true => format!("etcd = [\"http://{}:{ETCD_PORT}\"]\n", addr::WITNESS),
-            false => String::new(),
-        }
-    }
-
     fn make_dir(&self, path: &Path) -> Result<()> {
         fs::create_dir_all(path).map_err(Error::os(format!("make {}", path.display())))
     }
@@ -669,118 +457,6 @@ impl Site {
     fn write(&self, path: &Path, text: &str) -> Result<()> {
         fs::write(path, text).map_err(Error::os(format!("write {}", path.display())))
     }
-
-    /// Keys between a and b, and of each with the witness, by `axd pair`.
-    fn pair(&self) -> Result<()> {
-        let (a, b) = (self.config(Side::A), self.config(Side::B));
-        let at = |ip| SocketAddr::from((ip, PAIRING_PORT));
-        // Machines are paired once, by one build, whatever they run later.
-        let [build, ..] = self.builds;
-        let (a, b) = ((&self.lab.a, build, &*a), (&self.lab.b, build, &*b));
-        self.exchange(a, at(addr::A), b)?;
-        if self.spec.witness {
-            let w = self.witness_config();
-            let at = at(addr::WITNESS);
-            let w = (&self.lab.witness, build, &*w);
-            self.exchange(w, at, a)?;
-            self.exchange(w, at, b)?;
-        }
-        Ok(())
-    }
-
-    /// One side prints a one-time token, the other uses it.
-    fn exchange(
-        &self,
-        listener: (&Host, Build, &Path),
-        at: SocketAddr,
-        user: (&Host, Build, &Path),
-    ) -> Result<()> {
-        self.exchange_as(listener, at, user, &[]).map(drop)
-    }
-
-    /// The same with more arguments on the printing side; what that said.
-    fn exchange_as(
-        &self,
-        listener: (&Host, Build, &Path),
-        at: SocketAddr,
-        user: (&Host, Build, &Path),
-        more: &[&str],
-    ) -> Result<String> {
-        let pair = |(_, _, config): (&Host, Build, &Path)| {
-            [
-                "pair".into(),
-                "--config".into(),
-                config.as_os_str().to_os_string(),
-            ]
-        };
-        let log = self
-            .dir
-            .path()
-            .join(format!("pair-{}-{}.log", listener.0.name(), user.0.name()));
-        // The token of an earlier time is not this one's.
-        let _ = fs::remove_file(&log);
-        let mut command = self.axd_of(listener.0, listener.1)?;
-        command
-            .args(pair(listener))
-            .arg("--listen")
-            .arg(at.to_string())
-            .args(more);
-        let mut waiting = Daemon::start("axd pair", command, log)?;
-        let deadline = Instant::now() + READY;
-        let token = loop {
-            let ended = waiting.exit_status()?.is_some();
-            if let Some(token) = token_in(&waiting.log()) {
-                break token;
-            }
-            if ended || Instant::now() > deadline {
-                return Err(Error::NotReady {
-                    program: format!("axd pair on host {}", listener.0.name()),
-                    wanted: "a token".into(),
-                    seconds: READY.as_secs(),
-                    log: waiting.log(),
-                });
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        let mut command = self.axd_of(user.0, user.1)?;
-        command
-            .args(pair(user))
-            .arg("--token")
-            .arg(&token)
-            .stdin(Stdio::null());
-        let output = command.output().map_err(Error::os("run axd pair"))?;
-        if !output.status.success() {
-            return Err(self.failed(&format!("axd pair on host {}", user.0.name()), &output));
-        }
-        loop {
-            match waiting.exit_status()? {
-                Some(status) if status.success() => return Ok(waiting.log()),
-                Some(_) => {
-                    return Err(Error::Product(format!(
-                        "axd pair on host {} failed:\n{}",
-                        listener.0.name(),
-                        waiting.log()
-                    )));
-                }
-                None if Instant::now() > deadline => {
-                    return Err(Error::NotReady {
-                        program: format!("axd pair on host {}", listener.0.name()),
-                        wanted: "its end".into(),
-                        seconds: READY.as_secs(),
-                        log: waiting.log(),
-                    });
-                }
-                None => std::thread::sleep(Duration::from_millis(5)),
-            }
-        }
-    }
-}
-
-/// The token in what the listening `axd pair` prints, once it is there whole.
-fn token_in(log: &str) -> Option<String> {
-    let at = log.find("axpair-")?;
-    let (token, _) = log[at..].split_once(char::is_whitespace)?;
-    Some(token.to_string())
 }
 
 fn collect_logs(dir: &Path, text: &mut String) {
@@ -802,21 +478,5 @@ fn collect_logs(dir: &Path, text: &mut String) {
             text.push_str(&format!("--- {} ---\n", path.display()));
             text.push_str(&String::from_utf8_lossy(&bytes));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_token_is_taken_only_when_it_is_there_whole() {
-        assert_eq!(token_in("waiting\n"), None);
-        assert_eq!(
-            token_in("On the other host: axd pair --token axpair-abc"),
-            None
-        );
-        let whole = "On the other host: axd pair --token axpair-abcd\nThe token is good once";
-        assert_eq!(token_in(whole).as_deref(), Some("axpair-abcd"));
     }
 }
