@@ -10,18 +10,11 @@ use ax_api::host::Code;
 use ax_api::process::Start;
 use ax_api::units::Bytes;
 use ax_api::vm::{Mode, Vm};
+use ax_disk::Meta;
+use ax_wire::PairId;
 
 use crate::config::Config;
-use crate::failure::Failure;
-
-/// Marker beside a VM's state that disk `index` was made empty on this host, so nothing in it is in
-/// sync with anything yet. Made before the image.
-pub fn fresh_marker(config: &Config, vm: &str, index: usize) -> PathBuf {
-    config
-        .vm_dir(vm)
-        .join("state")
-        .join(format!("disk{index}.fresh"))
-}
+use crate::failure::{Failure, chain};
 
 /// What `ax-vmm` knows durably of disk `index` here: it is there once the VM has had that disk on this host.
 fn facts(config: &Config, vm: &str, index: usize) -> PathBuf {
@@ -41,11 +34,10 @@ pub fn prepare(config: &Config, vm: &Vm, start: Start) -> Result<Vec<PathBuf>, F
     let mut made = vec![];
     for (index, disk) in vm.disks.iter().enumerate() {
         let path = config.image_path(&disk.path);
-        let marker = fresh_marker(config, &vm.name, index);
         let facts = facts(config, &vm.name, index);
         let prepared = match start == Start::Boot && facts.exists() && is_absent(&path) {
             true => Err(gone(&path, &facts, vm)),
-            false => prepare_one(&path, disk.size, [&marker, &facts], &mut made),
+            false => prepare_one(&path, disk.size, (vm.pair, &facts), &mut made),
         };
         if let Err(failure) = prepared {
             remove(&made);
@@ -77,7 +69,7 @@ fn gone(path: &Path, facts: &Path, vm: &Vm) -> Failure {
 fn prepare_one(
     path: &Path,
     size: u64,
-    [marker, facts]: [&Path; 2],
+    (pair, facts): (PairId, &Path),
     made: &mut Vec<PathBuf>,
 ) -> Result<(), Failure> {
     let image =
@@ -93,21 +85,22 @@ fn prepare_one(
         ))),
         Ok(_) => Ok(()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            // First: whatever happens next, the guest is not booted from an empty image (I4).
+            match facts.exists() {
+                true => Meta::disown(facts, pair, size)
+                    .map_err(|e| image(format!("cannot be made: {}", chain(&e))))?,
+                false => made.push(facts.to_path_buf()),
+            }
             let mut make = || -> std::io::Result<()> {
-                for dir in [marker.parent(), path.parent()].into_iter().flatten() {
+                for dir in [facts.parent(), path.parent()].into_iter().flatten() {
                     std::fs::create_dir_all(dir)?;
                 }
-                std::fs::File::create(marker)?.sync_all()?;
-                made.push(marker.to_path_buf());
                 let file = OpenOptions::new()
                     .write(true)
                     .create_new(true)
                     .mode(0o600)
                     .open(path)?;
                 made.push(path.to_path_buf());
-                if !facts.exists() {
-                    made.push(facts.to_path_buf());
-                }
                 file.set_len(size)?;
                 file.sync_all()
             };
@@ -117,9 +110,9 @@ fn prepare_one(
     }
 }
 
-/// Removes what [`prepare`] made, and nothing else.
+/// Removes what [`prepare`] made, and nothing else; images before the facts that tell of them.
 pub fn remove(made: &[PathBuf]) {
-    for path in made {
+    for path in made.iter().rev() {
         match std::fs::remove_file(path) {
             // Facts are written by a process that may not have come to that.
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -134,6 +127,7 @@ pub fn remove(made: &[PathBuf]) {
 mod tests {
     use super::*;
     use ax_api::vm::{Boot, DirtySource, Disk, Secondary};
+    use ax_disk::Image;
     use ax_wire::PairId;
 
     fn host(dir: &Path) -> Config {
@@ -168,17 +162,17 @@ mod tests {
     }
 
     #[test]
-    fn absent_images_are_made_sparse_and_marked_and_can_be_unmade() {
+    fn absent_images_are_made_sparse_and_can_be_unmade_with_what_is_known_of_them() {
         let dir = tempfile::tempdir().unwrap();
         let config = host(dir.path());
         let vm = vm(&[Path::new("web.img")]);
         let made = prepare(&config, &vm, Start::Boot).unwrap();
         let image = dir.path().join("images/web.img");
         assert_eq!(std::fs::metadata(&image).unwrap().len(), 1 << 20);
-        assert!(fresh_marker(&config, "web", 0).exists());
         assert!(prepare(&config, &vm, Start::Boot).unwrap().is_empty());
+        std::fs::write(facts(&config, "web", 0), b"of the start").unwrap();
         remove(&made);
-        assert!(!image.exists() && !fresh_marker(&config, "web", 0).exists());
+        assert!(!image.exists() && !facts(&config, "web", 0).exists());
     }
 
     #[test]
@@ -202,7 +196,8 @@ mod tests {
         let vm = vm(&[Path::new("web.img")]);
         prepare(&config, &vm, Start::Boot).unwrap();
         let (image, facts) = (dir.path().join("images/web.img"), facts(&config, "web", 0));
-        std::fs::write(&facts, b"facts").unwrap();
+        let open = || Image::open(&image, &facts, vm.pair, 1 << 20, false).unwrap();
+        open().require_consistent().unwrap();
         std::fs::remove_file(&image).unwrap();
         let failure = prepare(&config, &vm, Start::Boot).unwrap_err();
         assert_eq!(failure.code, Code::Image);
@@ -211,10 +206,12 @@ mod tests {
             assert!(failure.why.contains(&named), "{}", failure.why);
         }
         assert!(!image.exists());
-        // A copy that comes to nothing leaves it as it was.
+        // A copy that comes to nothing leaves no image.
         remove(&prepare(&config, &vm, Start::Shadow).unwrap());
         prepare(&config, &vm, Start::Boot).unwrap_err();
+        // axd dies right here, nobody copies anything: what is there is found, and not booted.
         prepare(&config, &vm, Start::Shadow).unwrap();
-        assert!(image.exists());
+        assert!(prepare(&config, &vm, Start::Boot).unwrap().is_empty());
+        open().require_consistent().unwrap_err();
     }
 }

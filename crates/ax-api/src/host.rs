@@ -6,15 +6,16 @@
 //!
 //! Between the hosts the same lines travel over the authenticated link, with [`PeerRequest`] as
 //! the request; a peer asked to [`PeerRequest::Forward`] answers for itself and never forwards again.
-//! That link settles on a wire version first, and a request that it lacks is not sent ([`Since`]). A new
+//! That link settles on a wire version first, and a request that it lacks is not sent ([`ax_wire::version::Since`]). A new
 //! field of a request or definition must be left out while it says nothing: an older build refuses it.
+
+mod since;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use ax_wire::version::Since;
 use ax_wire::word::{Answer, Letter};
-use ax_wire::{Generation, Incarnation, Version};
+use ax_wire::{Generation, Incarnation};
 use serde::{Deserialize, Serialize};
 
 use crate::process::What;
@@ -537,90 +538,6 @@ pub enum PeerRequest {
         /// The request.
         request: Request,
     },
-}
-
-impl Since for PeerRequest {
-    fn since(&self) -> Version {
-        match self {
-            PeerRequest::Hello { .. }
-            | PeerRequest::Sync { .. }
-            | PeerRequest::Processes
-            | PeerRequest::SpawnShadow { .. }
-            | PeerRequest::Undo { .. }
-            | PeerRequest::Settle { .. }
-            | PeerRequest::Stopped { .. }
-            | PeerRequest::Fence { .. }
-            | PeerRequest::Word { .. } => Version::FIRST,
-            PeerRequest::Forward { request } => request.since(),
-        }
-    }
-
-    fn name(&self) -> &'static str {
-        match self {
-            PeerRequest::Hello { .. } => "hello",
-            PeerRequest::Sync { .. } => "sync",
-            PeerRequest::Processes => "processes",
-            PeerRequest::SpawnShadow { .. } => "spawn shadow",
-            PeerRequest::Undo { .. } => "undo",
-            PeerRequest::Settle { .. } => "settle",
-            PeerRequest::Stopped { .. } => "stopped",
-            PeerRequest::Fence { .. } => "fence",
-            PeerRequest::Word { .. } => "word",
-            PeerRequest::Forward { request } => request.name(),
-        }
-    }
-}
-
-impl Since for Request {
-    fn since(&self) -> Version {
-        match self {
-            Request::Version
-            | Request::Define { .. }
-            | Request::Undefine { .. }
-            | Request::Autostart { .. }
-            | Request::Prefer { .. }
-            | Request::Start { .. }
-            | Request::Stop { .. }
-            | Request::Reboot { .. }
-            | Request::Pause { .. }
-            | Request::Resume { .. }
-            | Request::List
-            | Request::Show { .. }
-            | Request::Console { .. }
-            | Request::Failover { .. }
-            | Request::SetMode { .. }
-            | Request::Hosts
-            | Request::Maintenance { .. }
-            | Request::Drain { .. }
-            | Request::Kill { .. }
-            | Request::Events { .. } => Version::FIRST,
-        }
-    }
-
-    fn name(&self) -> &'static str {
-        match self {
-            Request::Version => "version",
-            Request::Define { .. } => "define",
-            Request::Undefine { .. } => "undefine",
-            Request::Autostart { .. } => "autostart",
-            Request::Prefer { .. } => "prefer",
-            Request::Start { .. } => "start",
-            Request::Stop { .. } => "stop",
-            Request::Reboot { .. } => "reboot",
-            Request::Pause { .. } => "pause",
-            Request::Resume { .. } => "resume",
-            Request::List => "list",
-            Request::Show { .. } => "show",
-            Request::Console { .. } => "console",
-            Request::Failover { .. } => "failover",
-            Request::SetMode { .. } => "set-mode",
-            Request::Hosts => "hosts",
-            Request::Maintenance { .. } => "maintenance",
-            Request::Drain { .. } => "drain",
-            Request::Kill { .. } => "kill",
-            Request::Events { .. } => "events",
-        }
-    }
 }
 
 #[cfg(test)]

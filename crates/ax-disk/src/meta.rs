@@ -228,6 +228,17 @@ impl Meta {
         Ok(Box::new(file))
     }
 
+    /// The image that the file of facts at `path` tells of is gone, and another file is about to take its place:
+    /// durably, that is nothing to start from before everything has been copied into it, and nothing in it is known.
+    ///
+    /// # Errors
+    /// [`MetaError`]; no fact is changed.
+    pub fn disown(path: &Path, pair: PairId, size: u64) -> Result<(), MetaError> {
+        let (file, nobody) = (Self::file(path)?, Identity::default());
+        let (mut meta, _) = Self::on(file, path, pair, size, Condition::Inconsistent, nobody)?;
+        meta.mark_inconsistent()
+    }
+
     /// Opens the facts of the image of `size` bytes that is `image`, or starts them: a fresh file has
     /// condition `fresh`, generation 0 and a map relative to nothing. Returns the map as well.
     ///
