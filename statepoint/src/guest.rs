@@ -1,6 +1,7 @@
 //! What the protocol asks of a guest.
 
 use ax_wire::PAGE_SIZE;
+use ax_wire::runs::Patch;
 use ax_wire::state::StateWriter;
 
 /// A guest-physical page number (guest-physical address / 4096).
@@ -95,6 +96,21 @@ pub trait ShadowGuest {
     /// # Errors
     /// A page outside RAM: the peer is hostile or broken.
     fn write_pages(&mut self, first: Page, data: &[u8]) -> Result<(), GuestError>;
+
+    /// Changes parts of one page.
+    ///
+    /// # Errors
+    /// As [`ShadowGuest::write_pages`].
+    fn patch_page(&mut self, page: Page, patch: &Patch<'_>) -> Result<(), GuestError> {
+        let mut content = [0; PAGE_SIZE];
+        self.read_pages(page, &mut content)?;
+        for (at, part) in patch.parts() {
+            if let Some(place) = content.get_mut(at..at + part.len()) {
+                place.copy_from_slice(part);
+            }
+        }
+        self.write_pages(page, &content)
+    }
 
     /// Copies consecutive pages starting at `first` into `out`, for the verify mode's digest.
     fn read_pages(&self, first: Page, out: &mut [u8]) -> Result<(), GuestError>;

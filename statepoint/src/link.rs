@@ -94,6 +94,10 @@ impl FrameWriter {
         }
     }
 
+    pub(crate) fn version(&self) -> Version {
+        self.version
+    }
+
     pub(crate) fn session(&self) -> Session {
         self.session
     }
@@ -164,6 +168,10 @@ impl FrameReader {
             version,
             number: 0,
         }
+    }
+
+    pub(crate) fn version(&self) -> Version {
+        self.version
     }
 
     /// The next header, its place checked; the session is the caller's to check.

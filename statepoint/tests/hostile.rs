@@ -10,8 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use ax_wire::resync::MAX_ANSWER;
-use ax_wire::stream::{FrameError, FrameKind, HEADER, Header, MAX_PAYLOAD, run_header};
-use ax_wire::{EpochId, Generation, PAGE_SIZE, WIRE_VERSION};
+use ax_wire::runs::{Content, Runs, push_patch, run_header};
+use ax_wire::stream::{FrameError, FrameKind, HEADER, Header, MAX_PAYLOAD};
+use ax_wire::{EpochId, Generation, PAGE_SIZE, Version, WIRE_VERSION};
 use sim::cable::{Fault, Meter, Tape, cable};
 use sim::{Pair, Rng, session, until};
 use statepoint::link::{LinkError, PrimaryLink, ShadowLink};
@@ -24,10 +25,14 @@ struct Frame {
     payload: Vec<u8>,
 }
 
-fn frames(mut bytes: &[u8]) -> Vec<Frame> {
+fn frames(bytes: &[u8]) -> Vec<Frame> {
+    frames_of(WIRE_VERSION, bytes)
+}
+
+fn frames_of(version: Version, mut bytes: &[u8]) -> Vec<Frame> {
     let mut frames = vec![];
     while let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() {
-        let header = Header::parse(header, WIRE_VERSION).unwrap();
+        let header = Header::parse(header, version).unwrap();
         let Some((payload, rest)) = rest.split_at_checked(header.len) else {
             break;
         };
@@ -57,6 +62,26 @@ fn sealed(frames: &[Frame]) -> Vec<u8> {
 
 /// A recorded run, and the pair whose guest made it.
 fn record() -> (Pair, Vec<u8>) {
+    record_in(WIRE_VERSION)
+}
+
+/// One in which the guest did something of everything in each epoch: on a busy machine it may not have had its turn.
+fn record_in(version: Version) -> (Pair, Vec<u8>) {
+    loop {
+        let (pair, bytes) = try_record(version);
+        let frames = frames_of(version, &bytes);
+        let has = |kind, epoch| {
+            let mut of = frames.iter().filter(|f| f.header.kind == kind);
+            of.any(|f| f.header.epoch == EpochId(epoch))
+        };
+        let kinds = [FrameKind::Pages, FrameKind::Disk, FrameKind::Outputs];
+        if (2..=7).all(|epoch| kinds.iter().all(|kind| has(*kind, epoch))) {
+            return (pair, bytes);
+        }
+    }
+}
+
+fn try_record(version: Version) -> (Pair, Vec<u8>) {
     let mut pair = Pair::new(77);
     let workload = pair.workload();
     let meter = Meter {
@@ -64,7 +89,8 @@ fn record() -> (Pair, Vec<u8>) {
         ..Meter::default()
     };
     let handle = pair.primary_handle.clone();
-    let (a, b) = cable(Fault::None, Fault::None, &meter);
+    let (mut a, mut b) = cable(Fault::None, Fault::None, &meter);
+    (a.version, b.version) = (version, version);
     std::thread::scope(|scope| {
         let primary = scope.spawn(|| pair.primary.run(a));
         let shadow = scope.spawn(|| pair.shadow.run(b));
@@ -76,7 +102,7 @@ fn record() -> (Pair, Vec<u8>) {
     pair.stop.store(true, Ordering::SeqCst);
     workload.join().unwrap();
     let bytes = meter.copy.unwrap().lock().clone();
-    let mut whole = frames(&bytes);
+    let mut whole = frames_of(version, &bytes);
     let last = whole
         .iter()
         .rposition(|f| f.header.kind == FrameKind::EpochEnd);
@@ -86,12 +112,16 @@ fn record() -> (Pair, Vec<u8>) {
 
 /// What a fresh shadow makes of `bytes`: whatever it is, its memory is one of the guest's true pasts.
 fn play(guest: &Pair, bytes: Vec<u8>) -> (ShadowError, Option<EpochId>) {
+    play_in(WIRE_VERSION, guest, bytes)
+}
+
+fn play_in(version: Version, guest: &Pair, bytes: Vec<u8>) -> (ShadowError, Option<EpochId>) {
     let mut fresh = Pair::new(0);
     fresh.sim = guest.sim.clone();
     let link = ShadowLink {
         forward: Box::new(Tape(Cursor::new(bytes))),
         backward: Box::new(std::io::sink()),
-        version: WIRE_VERSION,
+        version,
         close: Arc::new(|| {}),
     };
     let error = fresh.shadow.run(link);
@@ -289,6 +319,24 @@ fn lengths_and_pages_out_of_bounds_are_refused_before_they_cost_anything() {
         "{error}"
     );
 
+    // Patches of pages that are not RAM.
+    for page in [200, u64::MAX - 1] {
+        let mut outside = good.clone();
+        outside[pages].payload.clear();
+        let (old, new) = ([0; PAGE_SIZE], [1; PAGE_SIZE]);
+        let most = 2 * PAGE_SIZE;
+        assert!(push_patch(
+            page,
+            &old,
+            &new,
+            most,
+            &mut outside[pages].payload
+        ));
+        let (error, committed) = play(&guest, sealed(&outside));
+        assert!(matches!(error, ShadowError::Epoch { .. }), "{error}");
+        assert_eq!(committed, Some(EpochId(2)));
+    }
+
     // Rubbish where records should be.
     let disk = find(&good, FrameKind::Disk, 3);
     let mut rubbish = good.clone();
@@ -346,6 +394,49 @@ fn questions_about_disks_that_are_not_there_or_not_due_are_refused() {
         let (error, _) = play(&guest, sealed(&bad));
         assert!(matches!(error, ShadowError::Epoch { .. }), "{error}");
     }
+}
+
+/// Pages of the record that are sent as patches.
+fn patches(frames: &[Frame]) -> usize {
+    let pages = frames.iter().filter(|f| f.header.kind == FrameKind::Pages);
+    let runs = pages.flat_map(|f| Runs::new(&f.payload));
+    runs.filter(|run| matches!(run.unwrap().content, Content::Patch(_)))
+        .count()
+}
+
+#[test]
+fn pages_are_patched_only_where_the_wire_version_has_it_and_the_shadow_has_the_page() {
+    let (guest, bytes) = record();
+    let good = frames(&bytes);
+    assert!(patches(&good) > 0);
+    let mut patch = vec![];
+    let (old, new) = ([0; PAGE_SIZE], [1; PAGE_SIZE]);
+    assert!(push_patch(1, &old, &new, 2 * PAGE_SIZE, &mut patch));
+    let is_refused = |error: &ShadowError| {
+        let text = error.to_string();
+        text.contains("patches a page where none may be patched")
+    };
+
+    // In the initial copy nothing is known to be there.
+    let mut early = good.clone();
+    let bulk = early
+        .iter_mut()
+        .find(|f| f.header.kind == FrameKind::BulkPages);
+    bulk.unwrap().payload.clone_from(&patch);
+    let (error, committed) = play(&guest, sealed(&early));
+    assert!(is_refused(&error), "{error}");
+    assert_eq!(committed, None);
+
+    let (guest, bytes) = record_in(Version::FIRST);
+    let mut old = frames_of(Version::FIRST, &bytes);
+    assert_eq!(patches(&old), 0, "an older build would not know them");
+    let at = old.iter().rposition(|f| f.header.kind == FrameKind::Pages);
+    let last = &mut old[at.unwrap()];
+    last.payload = patch;
+    let before = EpochId(last.header.epoch.0 - 1);
+    let (error, committed) = play_in(Version::FIRST, &guest, sealed(&old));
+    assert!(is_refused(&error), "{error}");
+    assert_eq!(committed, Some(before));
 }
 
 #[test]

@@ -9,7 +9,7 @@
 //! - [`state`]: a machine's saved state as tagged, versioned blocks;
 //! - [`frame`], [`channel`], [`hello`]: how a connection opens: what it is for, and whether the
 //!   two hosts can be a pair;
-//! - [`stream`]: the epoch stream and what comes back;
+//! - [`stream`]: the epoch stream and what comes back; [`runs`]: pages in it;
 //! - [`peer`]: what the two processes of a pair tell each other besides epochs;
 //! - [`heartbeat`]: that the other side lives, and how far it has come;
 //! - [`PageAligned`]: where pages are kept on their way.
@@ -27,6 +27,7 @@ pub mod peer;
 pub mod record;
 pub mod records;
 pub mod resync;
+pub mod runs;
 pub mod state;
 pub mod stream;
 pub mod version;
@@ -34,7 +35,7 @@ pub mod word;
 
 pub use aligned::PageAligned;
 pub use ids::{EpochId, Generation, Incarnation, MachineId, PairId, Session, Side};
-pub use version::{Version, Versions};
+pub use version::{Since, Version, Versions};
 
 /// Size of a guest page, bytes. The handshake refuses a host that uses another size.
 pub const PAGE_SIZE: usize = 4096;

@@ -15,7 +15,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes, little_endian};
 
-use crate::{EpochId, Generation, Incarnation, PAGE_SIZE, PairId, Session, Version};
+use crate::{EpochId, Generation, Incarnation, PairId, Session, Version};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"AXep");
 
@@ -44,7 +44,7 @@ pub enum FrameKind {
     EpochBegin = 5,
     /// Part of the machine's state blocks.
     State = 6,
-    /// Page runs.
+    /// Page runs ([`crate::runs`]).
     Pages = 7,
     /// Part of the epoch's disk records.
     Disk = 8,
@@ -360,95 +360,6 @@ pub fn body<T: TryFromBytes + KnownLayout + Immutable>(
     })
 }
 
-/// What precedes each run of consecutive pages.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct RawRun {
-    first: little_endian::U64,
-    pages: little_endian::U32,
-    content: little_endian::U32,
-}
-
-/// Bytes of a run's header.
-pub const RUN_HEADER: usize = size_of::<RawRun>();
-
-/// Most pages with content that one frame can carry in one run.
-pub const MAX_RUN: usize = (MAX_PAYLOAD - RUN_HEADER) / PAGE_SIZE;
-
-const ZERO: u32 = 0;
-const DATA: u32 = 1;
-
-/// Consecutive pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run<'a> {
-    /// First guest page number.
-    pub first: u64,
-    /// How many.
-    pub pages: u64,
-    /// Their bytes; none when every one is zero.
-    pub data: Option<&'a [u8]>,
-}
-
-/// A run's header: `data` tells whether `pages` × [`PAGE_SIZE`] bytes follow or all are zero.
-pub fn run_header(first: u64, pages: u32, data: bool) -> [u8; RUN_HEADER] {
-    let raw = RawRun {
-        first: first.into(),
-        pages: pages.into(),
-        content: if data { DATA } else { ZERO }.into(),
-    };
-    zerocopy::transmute!(raw)
-}
-
-/// Reads the page runs of a payload; stops after the first error.
-#[derive(Clone, Debug)]
-pub struct Runs<'a> {
-    rest: &'a [u8],
-}
-
-impl<'a> Runs<'a> {
-    /// Reads `payload` from its start.
-    pub fn new(payload: &'a [u8]) -> Self {
-        Runs { rest: payload }
-    }
-
-    fn read(&mut self) -> Option<Run<'a>> {
-        let (raw, rest) = RawRun::read_from_prefix(self.rest).ok()?;
-        let (first, pages) = (raw.first.get(), u64::from(raw.pages.get()));
-        if pages == 0 || first.checked_add(pages).is_none() {
-            return None;
-        }
-        let (data, rest) = match raw.content.get() {
-            ZERO => (None, rest),
-            DATA => {
-                let len = usize::try_from(pages).ok()?.checked_mul(PAGE_SIZE)?;
-                let (data, rest) = rest.split_at_checked(len)?;
-                (Some(data), rest)
-            }
-            _ => return None,
-        };
-        self.rest = rest;
-        Some(Run { first, pages, data })
-    }
-}
-
-impl<'a> Iterator for Runs<'a> {
-    type Item = Result<Run<'a>, FrameError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.rest.is_empty() {
-            return None;
-        }
-        let run = self.read();
-        if run.is_none() {
-            self.rest = &[];
-        }
-        Some(run.ok_or(FrameError::Body {
-            kind: FrameKind::Pages,
-            what: "not a list of page runs",
-        }))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -516,26 +427,6 @@ mod tests {
         ));
     }
 
-    #[test]
-    fn page_runs_read_back() {
-        let mut payload = vec![];
-        payload.extend_from_slice(&run_header(16, 2, true));
-        payload.extend_from_slice(&[5; 2 * PAGE_SIZE]);
-        payload.extend_from_slice(&run_header(1000, 70_000, false));
-        let runs: Vec<_> = Runs::new(&payload).collect::<Result<_, _>>().unwrap();
-        assert_eq!(runs.len(), 2);
-        assert_eq!((runs[0].first, runs[0].pages), (16, 2));
-        assert_eq!(runs[0].data, Some(&[5; 2 * PAGE_SIZE][..]));
-        assert_eq!(
-            runs[1],
-            Run {
-                first: 1000,
-                pages: 70_000,
-                data: None
-            }
-        );
-    }
-
     proptest! {
         #[test]
         fn hostile_bytes_never_panic(
@@ -546,7 +437,6 @@ mod tests {
             let _ = Header::parse(&bytes, WIRE_VERSION);
             bytes[..4].copy_from_slice(b"AXep");
             let _ = Header::parse(&bytes, WIRE_VERSION);
-            Runs::new(&payload).for_each(drop);
             let _ = body::<EpochBegin>(FrameKind::EpochBegin, &payload);
             let _ = body::<Refusal>(FrameKind::Refuse, &payload);
         }

@@ -13,7 +13,8 @@ pub struct Version(u16);
 impl Version {
     /// The first. Its builds say nothing of versions in the first bytes of a connection.
     pub const FIRST: Version = Version(1);
-    /// Connections say their versions first; [`crate::peer::PeerMessage::Show`].
+    /// Connections say their versions first; [`crate::peer::PeerMessage::Show`]; [patches](crate::runs::Patches)
+    /// of pages.
     pub const SECOND: Version = Version(2);
 
     /// `None` for 0.

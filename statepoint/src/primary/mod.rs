@@ -9,6 +9,7 @@ mod acks;
 mod capture;
 mod handle;
 mod run;
+mod sent;
 mod ship;
 mod sync;
 
@@ -28,6 +29,7 @@ use crate::stats::Parts;
 use capture::Slot;
 use handle::Shared;
 pub use handle::{PrimaryHandle, PrimaryProgress};
+use sent::Sent;
 
 /// What besides memory and machine state belongs to an epoch. Called from the epoch thread.
 pub trait EpochSource: Send {
@@ -265,6 +267,8 @@ pub struct PrimaryEngine<G, S> {
     estimate: usize,
     estimated: u64,
     failures: u32,
+    /// What the shadow has of the pages sent last.
+    sent: Sent,
     scratch: Vec<u8>,
     pages: Vec<Page>,
     received: Vec<u8>,
@@ -309,6 +313,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             estimate: 0,
             estimated: 0,
             failures: 0,
+            sent: Sent::new(sent::KEPT.min(total)),
             scratch: Vec::with_capacity(ship::CHUNK_BYTES),
             pages: Vec::with_capacity(total),
             received: Vec::with_capacity(handle::RECEIVED_BYTES),

@@ -4,13 +4,13 @@ use std::sync::atomic::Ordering;
 
 use ax_failpoint::Point;
 use ax_wire::PAGE_SIZE;
-use ax_wire::stream::{
-    EpochBegin, EpochEnd, FrameKind, MAX_PAYLOAD, Nonce, RUN_HEADER, run_header,
-};
+use ax_wire::runs::{Patches, RUN_HEADER, run_header};
+use ax_wire::stream::{EpochBegin, EpochEnd, FrameKind, MAX_PAYLOAD, Nonce};
 use zerocopy::IntoBytes;
 
 use super::capture::{Slot, runs};
 use super::handle::Flight;
+use super::sent::Sent;
 use super::{CaptureError, EpochSource, PrimaryEngine, PrimaryError};
 use crate::guest::{Guest, Page};
 use crate::link::{FrameWriter, LinkError};
@@ -42,27 +42,35 @@ impl Count {
     }
 }
 
-/// Appends `content`, the pages `first`.., as runs with and without content.
-fn encode(first: Page, content: &[u8], out: &mut Vec<u8>) {
-    let blank = |page: &[u8]| page == ZERO_PAGE.as_slice();
-    let mut pages = content.chunks_exact(PAGE_SIZE).zip(first..).peekable();
-    while let Some((page, at)) = pages.next() {
-        let zero = blank(page);
-        let header = out.len();
-        out.extend_from_slice(&run_header(at, 1, !zero));
-        if !zero {
+/// Appends `content`, the pages `first`.., as runs with and without content, and as patches where those pay.
+fn encode(first: Page, content: &[u8], mut sent: Option<&mut Sent>, out: &mut Vec<u8>) {
+    // The run that the next page may belong to: its header, its first page, its length, and whether it has content.
+    let mut open: Option<(usize, Page, u32, bool)> = None;
+    for (page, at) in content.chunks_exact(PAGE_SIZE).zip(first..) {
+        let data = page != ZERO_PAGE.as_slice();
+        if let Some(sent) = &mut sent {
+            if !data {
+                sent.forget(at);
+            } else if sent.patch(at, page, out) {
+                open = None;
+                continue;
+            }
+        }
+        let (header, first, count) = match open {
+            Some((header, first, count, same)) if same == data => (header, first, count + 1),
+            _ => {
+                let header = out.len();
+                out.extend_from_slice(&[0; RUN_HEADER]);
+                (header, at, 1)
+            }
+        };
+        if let Some(place) = out.get_mut(header..header + RUN_HEADER) {
+            place.copy_from_slice(&run_header(first, count, data));
+        }
+        if data {
             out.extend_from_slice(page);
         }
-        let mut count = 1u32;
-        while let Some((page, _)) = pages.next_if(|(page, _)| blank(page) == zero) {
-            if !zero {
-                out.extend_from_slice(page);
-            }
-            count += 1;
-        }
-        if let Some(place) = out.get_mut(header..header + RUN_HEADER) {
-            place.copy_from_slice(&run_header(at, count, !zero));
-        }
+        open = Some((header, first, count, data));
     }
 }
 
@@ -76,7 +84,9 @@ pub(super) fn write_pages(
     mut wrote: impl FnMut(usize),
 ) -> Result<(), LinkError> {
     for (content, first) in content.chunks(CHUNK_BYTES).zip((first..).step_by(CHUNK)) {
-        wrote(writer.frame(kind, epoch, |out| encode(first, content, out))?);
+        wrote(writer.frame(kind, epoch, |out| {
+            encode(first, content, None, out);
+        })?);
     }
     Ok(())
 }
@@ -196,17 +206,24 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
     ) -> Result<(), PrimaryError> {
         let (kept, rest) = slot.pages.split_at(slot.captured());
         let contents = slot.content.as_slice().chunks(CHUNK_BYTES);
+        let mut sent = writer
+            .version()
+            .has(&Patches)
+            .is_ok()
+            .then_some(&mut self.sent);
         for (pages, content) in kept.chunks(CHUNK).zip(contents) {
             count.add(writer.frame(FrameKind::Pages, slot.epoch, |out| {
                 let mut at = 0;
                 for (first, n) in runs(pages) {
                     let end = at + n * PAGE_SIZE;
-                    encode(first, content.get(at..end).unwrap_or_default(), out);
+                    let content = content.get(at..end).unwrap_or_default();
+                    encode(first, content, sent.as_deref_mut(), out);
                     at = end;
                 }
             })?);
         }
         for pages in rest.chunks(CHUNK) {
+            pages.iter().for_each(|page| self.sent.forget(*page));
             for (first, n) in runs(pages) {
                 self.scratch.resize(n * PAGE_SIZE, 0);
                 self.guest

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use ax_failpoint::Point;
 use ax_sync::Mutex;
-use ax_wire::stream::{Progress, Run, Runs};
+use ax_wire::runs::{Content, Run, Runs};
+use ax_wire::stream::Progress;
 use ax_wire::{EpochId, PAGE_SIZE};
 
 use super::stage::Stage;
@@ -90,13 +91,15 @@ static ZEROS: [u8; 16 * PAGE_SIZE] = [0; 16 * PAGE_SIZE];
 /// Writes page runs into the guest.
 pub(super) fn write_runs<G: ShadowGuest>(guest: &mut G, payload: &[u8]) -> Result<(), GuestError> {
     for run in Runs::new(payload) {
-        let Run { first, pages, data } = run.map_err(|error| GuestError {
+        let run = run.map_err(|error| GuestError {
             doing: "reading staged pages",
             source: Box::new(error),
         })?;
-        match data {
-            Some(data) => guest.write_pages(first, data)?,
-            None => {
+        let Run { first, pages, .. } = run;
+        match run.content {
+            Content::Data(data) => guest.write_pages(first, data)?,
+            Content::Patch(patch) => guest.patch_page(first, &patch)?,
+            Content::Zero => {
                 let mut page = first;
                 let end = first.saturating_add(pages);
                 while page < end {

@@ -7,7 +7,8 @@ use ax_failpoint::Point;
 use ax_sync::Mutex;
 use ax_wire::records::{RecordKind, Records};
 use ax_wire::resync::Ask;
-use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce, Runs};
+use ax_wire::runs::{Content, Patches, Runs};
+use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce};
 use ax_wire::{EpochId, Generation};
 use io_barrier::MAX_NICS;
 
@@ -132,10 +133,6 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         self.reader.append(header, &mut self.scratch)
     }
 
-    fn check_runs(&self, epoch: EpochId, payload: &[u8]) -> Result<u64, ShadowError> {
-        check_runs(&self.ram, epoch, payload)
-    }
-
     /// A frame of the initial copy: the first one begins it.
     fn begin_copy(&mut self, header: &Header) -> Result<(), ShadowError> {
         if self.staged() != EpochId(0) || self.stage.is_some() {
@@ -172,7 +169,8 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         self.begin_copy(header)?;
         if header.kind == FrameKind::BulkPages {
             self.read_scratch(header)?;
-            self.check_runs(header.epoch, &self.scratch)?;
+            // Nothing is known to be there yet that a patch could be for.
+            check_runs(&self.ram, header, false, &self.scratch)?;
             let mut guest = self.guest.lock();
             write_runs(&mut **guest, &self.scratch).map_err(failed)?;
         } else if header.kind == FrameKind::BulkDisk {
@@ -277,13 +275,14 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         let Some(stage) = self.stage.as_mut() else {
             return Err(bad(epoch, "has pages outside its begin and end"));
         };
+        let patches = self.reader.version().has(&Patches).is_ok();
         let pages = if let Some(place) = stage.runs.grab(header.len) {
             self.reader.payload(header, place)?;
-            check_runs(&self.ram, epoch, place)?
+            check_runs(&self.ram, header, patches, place)?
         } else {
             self.scratch.clear();
             self.reader.append(header, &mut self.scratch)?;
-            let pages = check_runs(&self.ram, epoch, &self.scratch)?;
+            let pages = check_runs(&self.ram, header, patches, &self.scratch)?;
             stage
                 .spill(&self.shared.config.spill_dir, &self.scratch)
                 .map_err(|source| {
@@ -445,13 +444,24 @@ fn is_output(kind: RecordKind, unit: u8) -> bool {
     }
 }
 
-/// Pages of a payload's runs, each of them RAM.
-fn check_runs(ram: &[RamRegion], epoch: EpochId, payload: &[u8]) -> Result<u64, ShadowError> {
+/// Pages of a payload's runs, each of them RAM, and patched only where `patches` may be.
+fn check_runs(
+    ram: &[RamRegion],
+    header: &Header,
+    patches: bool,
+    payload: &[u8],
+) -> Result<u64, ShadowError> {
     let mut pages = 0u64;
     for run in Runs::new(payload) {
         let run = run.map_err(LinkError::from)?;
         if !in_ram(ram, run.first, run.pages) {
-            return Err(bad(epoch, "has pages outside the guest's memory"));
+            return Err(bad(header.epoch, "has pages outside the guest's memory"));
+        }
+        if matches!(run.content, Content::Patch(_)) && !patches {
+            return Err(body_error(
+                header.kind,
+                "patches a page where none may be patched",
+            ));
         }
         pages = pages.saturating_add(run.pages);
     }
