@@ -11,6 +11,7 @@ mod handle;
 mod run;
 mod ship;
 mod sync;
+mod traced;
 
 use std::sync::Arc;
 
@@ -262,6 +263,8 @@ pub struct PrimaryEngine<G, S> {
     uncounted_pause: Option<u64>,
     /// When each part of that pause ended.
     ends: Parts<u64>,
+    /// What its record in the trace needs besides.
+    traced: traced::Traced,
     estimate: usize,
     estimated: u64,
     failures: u32,
@@ -306,6 +309,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             paused_for: 0,
             uncounted_pause: None,
             ends: Parts::default(),
+            traced: traced::Traced::default(),
             estimate: 0,
             estimated: 0,
             failures: 0,
