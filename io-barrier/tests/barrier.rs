@@ -11,7 +11,7 @@ use ax_wire::records::{Record, RecordKind, Records};
 use ax_wire::{EpochId, Generation, Incarnation, Side};
 use io_barrier::{
     Barrier, BarrierConfig, Clock, FtGrant, Full, Gate, OutputSink, Power, Release, SealError,
-    ShadowOutputs, SoloGrant,
+    Sealed, ShadowOutputs, SoloGrant,
 };
 use parking_lot::Mutex;
 use proptest::prelude::*;
@@ -126,7 +126,11 @@ fn i1_nothing_leaves_before_its_epoch_is_committed_and_a_grant_is_there() {
     assert_eq!(barrier.start_holding(), Gate::Entering);
     hold(&barrier, 2).unwrap();
     let mut copy = Vec::new();
-    barrier.seal(EpochId(1), &mut copy).unwrap();
+    let sealed = barrier.seal(EpochId(1), &mut copy).unwrap();
+    assert_eq!((sealed.outputs, sealed.bytes), (1, copy.len()));
+    assert!(sealed.since_ns.is_some());
+    let nothing = barrier.seal(EpochId(2), &mut Vec::new()).unwrap();
+    assert_eq!(nothing, Sealed::default());
     hold(&barrier, 3).unwrap();
     assert_eq!(barrier.release(EpochId(1), 0), Release::Withheld);
     barrier.protect(ft());

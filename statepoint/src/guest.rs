@@ -79,6 +79,12 @@ pub trait Guest {
     /// Lets devices and vCPUs go on.
     fn resume(&mut self) -> Result<(), GuestError>;
 
+    /// When the last vCPU was parked in the last `pause`, before the devices were quieted, nanoseconds of
+    /// the engine's clock, if that is known. While paused.
+    fn parked_ns(&self) -> Option<u64> {
+        None
+    }
+
     /// When the last vCPU ran again after the last `resume`, nanoseconds of the engine's clock, if that
     /// is known. While paused.
     fn resumed_ns(&self) -> Option<u64> {

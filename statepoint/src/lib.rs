@@ -21,6 +21,7 @@ pub mod policy;
 pub mod primary;
 pub mod shadow;
 pub mod stats;
+pub mod trace;
 pub mod trigger;
 
 mod arena;

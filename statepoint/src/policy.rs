@@ -49,11 +49,49 @@ pub struct Situation {
     pub parked: bool,
 }
 
+/// Why an epoch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Reason {
+    /// Nothing waited: it was as old as it may become.
+    Idle,
+    /// Output waited.
+    Output,
+    /// It was asked for: a device waited for room, the machine was reset.
+    Asked,
+    /// A dirty ring was full.
+    RingFull,
+    /// It had as many bytes as it may have.
+    Full,
+    /// It had as many bytes as it may have, and the guest stood still until there was room to end it.
+    Backpressure,
+    /// It was to be the last one.
+    Final,
+}
+
+impl Reason {
+    /// All of them, by number.
+    pub const ALL: [Reason; 7] = [
+        Reason::Idle,
+        Reason::Output,
+        Reason::Asked,
+        Reason::RingFull,
+        Reason::Full,
+        Reason::Backpressure,
+        Reason::Final,
+    ];
+
+    /// The reason of this number (`reason as u64`).
+    pub fn from_number(number: u64) -> Option<Reason> {
+        Reason::ALL.get(usize::try_from(number).ok()?).copied()
+    }
+}
+
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// End the epoch now.
-    Capture,
+    Capture(Reason),
     /// There is no room to end it and it must not grow: park the vCPUs.
     Park,
     /// Look again then, or when the trigger rings.
@@ -72,21 +110,24 @@ impl Policy {
                 Decision::WaitUntil(s.now.saturating_add(self.poll_ns))
             };
         }
-        if s.parked || full {
-            return Decision::Capture;
+        if s.parked {
+            return Decision::Capture(Reason::Backpressure);
+        }
+        if full {
+            return Decision::Capture(Reason::Full);
         }
         let share = self.pause_share.clamp(1, 99);
         let gap = (s.paused_for / share)
             .saturating_mul(100 - share)
             .max(self.min_gap_ns);
         let earliest = s.resumed.saturating_add(gap);
-        let due = if s.pending || s.asked {
-            earliest
-        } else {
-            idle_until.max(earliest)
+        let (due, reason) = match (s.pending, s.asked) {
+            (true, _) => (earliest, Reason::Output),
+            (false, true) => (earliest, Reason::Asked),
+            (false, false) => (idle_until.max(earliest), Reason::Idle),
         };
         if s.now >= due {
-            Decision::Capture
+            Decision::Capture(reason)
         } else {
             Decision::WaitUntil(due.min(s.now.saturating_add(self.poll_ns)))
         }
@@ -124,7 +165,7 @@ mod tests {
             now: IDLE.resumed + 250_000,
             ..pending
         };
-        assert_eq!(policy.decide(&later), Decision::Capture);
+        assert_eq!(policy.decide(&later), Decision::Capture(Reason::Output));
     }
 
     #[test]
@@ -150,7 +191,12 @@ mod tests {
             now: IDLE.resumed + policy.max_interval_ns,
             ..IDLE
         };
-        assert_eq!(policy.decide(&later), Decision::Capture);
+        assert_eq!(policy.decide(&later), Decision::Capture(Reason::Idle));
+        let asked = Situation {
+            asked: true,
+            ..later
+        };
+        assert_eq!(policy.decide(&asked), Decision::Capture(Reason::Asked));
     }
 
     #[test]
@@ -160,7 +206,7 @@ mod tests {
             bytes: policy.budget,
             ..IDLE
         };
-        assert_eq!(policy.decide(&full), Decision::Capture);
+        assert_eq!(policy.decide(&full), Decision::Capture(Reason::Full));
         let no_room = Situation {
             room: false,
             ..full
@@ -175,7 +221,8 @@ mod tests {
             room: true,
             ..parked
         };
-        assert_eq!(policy.decide(&room_again), Decision::Capture);
+        let stood_still = Decision::Capture(Reason::Backpressure);
+        assert_eq!(policy.decide(&room_again), stood_still);
     }
 
     proptest! {
@@ -189,7 +236,7 @@ mod tests {
                 resumed: IDLE.now - ago, paused_for, pending, asked, bytes, room, parked, ..IDLE
             };
             match policy.decide(&s) {
-                Decision::Capture => prop_assert!(room),
+                Decision::Capture(_) => prop_assert!(room),
                 Decision::Park => prop_assert!(!room && !parked && bytes >= policy.budget),
                 Decision::WaitUntil(t) => {
                     prop_assert!(t > s.now);

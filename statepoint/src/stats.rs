@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::policy::Reason;
+
 /// Buckets per power of two.
 const SUB: u32 = 32;
 const BUCKETS: usize = 64 * SUB as usize;
@@ -78,6 +80,18 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// What was counted: the largest value of each bucket that has any, and how many it has. Ascending.
+    pub fn buckets(&self) -> impl Iterator<Item = (u64, u64)> {
+        let counts = self.buckets.iter().enumerate();
+        let some = counts.filter(|(_, count)| **count != 0);
+        some.map(|(at, count)| (upper(at), *count))
+    }
+
+    /// The largest value ever counted.
+    pub fn max(&self) -> u64 {
+        self.max
+    }
+
     /// What was counted since `earlier`, a moment of the same histogram; since its beginning with none.
     pub fn since(&self, earlier: Option<&Counts>) -> Summary {
         let before = |at: usize| {
@@ -174,6 +188,18 @@ pub struct Counters {
     pub ship: Histogram,
     /// From the resume to the acknowledgement, nanoseconds.
     pub commit: Histogram,
+    /// From just before an epoch's last byte was sent to the acknowledgement, nanoseconds.
+    pub ack: Histogram,
+    /// From the acknowledgement to the last output having left, nanoseconds.
+    pub release: Histogram,
+    /// How long the first output of an epoch waited to leave, nanoseconds.
+    pub held: Histogram,
+    /// From one pause's first kick to the next one's, nanoseconds.
+    pub length: Histogram,
+    /// Bytes shipped per epoch.
+    pub shipped: Histogram,
+    /// Epochs captured, by [`Reason`].
+    pub reasons: [AtomicU64; Reason::ALL.len()],
     /// Bytes shipped.
     pub bytes: AtomicU64,
     /// Bytes of disks compared by the latest initial copy.
@@ -231,6 +257,33 @@ pub struct Reading {
 }
 
 impl Counters {
+    /// Every histogram with its name, which ends with what it counts.
+    pub fn histograms(&self) -> [(&'static str, &Histogram); 15] {
+        [
+            ("pause_ns", &self.pause),
+            ("park_ns", &self.parts.park),
+            ("save_ns", &self.parts.save),
+            ("harvest_ns", &self.parts.harvest),
+            ("copy_ns", &self.parts.copy),
+            ("close_ns", &self.parts.close),
+            ("resume_ns", &self.parts.resume),
+            ("ship_ns", &self.ship),
+            ("ack_ns", &self.ack),
+            ("commit_ns", &self.commit),
+            ("release_ns", &self.release),
+            ("held_ns", &self.held),
+            ("length_ns", &self.length),
+            ("pages", &self.pages),
+            ("shipped_bytes", &self.shipped),
+        ]
+    }
+
+    /// Epochs captured for `reason`.
+    pub fn captured_for(&self, reason: Reason) -> u64 {
+        let count = self.reasons.get(reason as usize);
+        count.map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
     /// Reads everything.
     pub fn reading(&self) -> Reading {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -291,6 +344,11 @@ mod tests {
         assert!((500..=516).contains(&s.p50), "{s:?}");
         assert!((990..=1000).contains(&s.p99), "{s:?}");
         assert_eq!(Histogram::default().summary(), Summary::default());
+        let counts = histogram.counts();
+        assert_eq!(counts.buckets().next(), Some((1, 1)));
+        assert_eq!(counts.buckets().map(|(_, n)| n).sum::<u64>(), 1000);
+        let tops: Vec<u64> = counts.buckets().map(|(top, _)| top).collect();
+        assert!(tops.is_sorted() && tops.last() >= Some(&counts.max()));
     }
 
     #[test]

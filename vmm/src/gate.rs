@@ -114,7 +114,8 @@ pub(crate) struct Gate {
     entered: AtomicU64,
 }
 
-fn boottime_ns() -> u64 {
+/// Now, nanoseconds of CLOCK_BOOTTIME.
+pub(crate) fn boottime_ns() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
     now.map_or(0, |t| {
         t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64

@@ -11,7 +11,7 @@ use crate::config::{DirtyTracking, MAX_VCPUS, MachineConfig};
 use crate::devices::{DeviceSet, DeviceSpec, Ports};
 use crate::dirty::{RING_ENTRY_BYTES, Tracker};
 use crate::error::{Doing, Error, Result};
-use crate::gate::Gate;
+use crate::gate::{Gate, boottime_ns};
 use crate::handle::MachineHandle;
 use crate::memory::{GuestMemory, Ram, RamRegion};
 use crate::ports::{Outputs, Power};
@@ -52,6 +52,7 @@ pub struct Machine {
     tracker: Tracker,
     phase: Phase,
     devices_started: bool,
+    parked_ns: u64,
     promoted: bool,
     config: MachineConfig,
     parts: Parts,
@@ -114,6 +115,7 @@ impl Machine {
             tracker,
             phase,
             devices_started: false,
+            parked_ns: 0,
             promoted: false,
             config,
             parts,
@@ -306,6 +308,7 @@ impl Machine {
             Phase::Paused => Ok(()),
             Phase::Running => {
                 self.vm()?.gate.park()?;
+                self.parked_ns = boottime_ns();
                 self.parts.devices.quiesce();
                 self.phase = Phase::Paused;
                 Ok(())
@@ -369,6 +372,12 @@ impl Machine {
             Phase::Running if self.parts.devices.press_power_button() => Press::Pressed,
             Phase::Running => Press::NobodyListens,
         }
+    }
+
+    /// When the last vCPU was parked by the last [`Machine::pause`], before the devices were quieted,
+    /// nanoseconds of CLOCK_BOOTTIME; 0 before the first.
+    pub fn parked_ns(&self) -> u64 {
+        self.parked_ns
     }
 
     /// When the last vCPU called KVM_RUN after the last [`Machine::resume`], nanoseconds of

@@ -191,7 +191,7 @@ impl Barrier {
             return;
         };
         let mut open = std::mem::replace(&mut queue.open, next);
-        queue.open_has_power = false;
+        (queue.open_has_power, queue.open_outputs) = (false, 0);
         drop(queue);
         Records::new(&open)
             .map_while(Result::ok)

@@ -97,10 +97,14 @@ pub enum SealError {
 }
 
 /// What [`Barrier::seal`] closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Sealed {
     /// Bytes of its output records.
     pub bytes: usize,
+    /// How many outputs these are.
+    pub outputs: u64,
+    /// When the first of them was held, nanoseconds of the barrier's clock; none without output.
+    pub since_ns: Option<u64>,
 }
 
 /// Bounds and times.
@@ -142,6 +146,7 @@ struct Held {
 struct Queue {
     gate: Gate,
     open: Vec<u8>,
+    open_outputs: u64,
     open_since_ns: u64,
     open_has_power: bool,
     sealed: VecDeque<Held>,
@@ -225,6 +230,7 @@ impl Barrier {
             queue: Mutex::new(Queue {
                 gate: Gate::Frozen,
                 open: arena(),
+                open_outputs: 0,
                 open_since_ns: 0,
                 open_has_power: false,
                 sealed: VecDeque::with_capacity(config.max_epochs),
@@ -323,6 +329,7 @@ impl Barrier {
             return Err(Full);
         }
         queue.outputs += 1;
+        queue.open_outputs += 1;
         queue.open_has_power |= power;
         if first {
             queue.open_since_ns = self.clock.now_ns();
@@ -360,7 +367,7 @@ impl Barrier {
         if queue.gate == Gate::Leased {
             // Nothing was held: what left needs no epoch.
             queue.last_sealed = epoch;
-            return Ok(Sealed { bytes: 0 });
+            return Ok(Sealed::default());
         }
         let Some(next) = queue.spare.pop() else {
             return Err(SealError::TooMany(queue.sealed.len()));
@@ -377,7 +384,11 @@ impl Barrier {
         });
         queue.last_sealed = epoch;
         queue.open_has_power = false;
-        Ok(Sealed { bytes })
+        Ok(Sealed {
+            bytes,
+            outputs: std::mem::take(&mut queue.open_outputs),
+            since_ns: (bytes != 0).then_some(since_ns),
+        })
     }
 
     /// True when [`Barrier::seal`] would find room.

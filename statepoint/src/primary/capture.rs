@@ -3,7 +3,7 @@
 use ax_failpoint::Point;
 use ax_wire::state::StateWriter;
 use ax_wire::{EpochId, PAGE_SIZE};
-use io_barrier::RxCounts;
+use io_barrier::{RxCounts, Sealed};
 use std::sync::atomic::Ordering;
 
 use super::{CaptureError, EpochSource, PrimaryConfig, PrimaryEngine, PrimaryError};
@@ -25,6 +25,10 @@ pub(super) struct Slot {
     pub rx_given: RxCounts,
     pub digest: Option<u64>,
     pub resumed_ns: u64,
+    /// The outputs it has.
+    pub sealed: Sealed,
+    /// Number of its record in the trace.
+    pub record: u64,
 }
 
 impl Slot {
@@ -39,6 +43,8 @@ impl Slot {
             rx_given: RxCounts::default(),
             digest: None,
             resumed_ns: 0,
+            sealed: Sealed::default(),
+            record: 0,
         }
     }
 
@@ -92,6 +98,7 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
             return self.capture_paused(slot, stay, since);
         }
         let began = self.shared.clock.now_ns();
+        self.traced.began = began;
         let captured = G::pause_and(
             self,
             |engine| &mut engine.guest,
@@ -112,6 +119,7 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
     ) -> Result<(), PrimaryError> {
         ax_failpoint::reached(Point::Parked);
         self.count_pause();
+        self.trace_pause(began);
         self.ends.park = self.shared.clock.now_ns();
         if let Err(error) = self.fill(slot) {
             return self.undo(error);
@@ -144,6 +152,7 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
         if let Some(began) = self.uncounted_pause.take() {
             let known = self.guest.resumed_ns().filter(|at| *at >= began);
             self.ends.resume = known.unwrap_or(self.resumed);
+            self.trace_running(self.ends.resume);
             let counters = &self.shared.counters;
             counters
                 .pause
@@ -200,7 +209,7 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
         };
         step(Point::Copied)?;
         self.ends.copy = self.shared.clock.now_ns();
-        self.shared.barrier.seal(slot.epoch, &mut slot.outputs)?;
+        slot.sealed = self.shared.barrier.seal(slot.epoch, &mut slot.outputs)?;
         Ok(())
     }
 

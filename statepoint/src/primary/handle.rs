@@ -14,6 +14,7 @@ use super::capture::Slot;
 use super::{PrimaryConfig, PrimaryError};
 use crate::link::{Closer, LinkError};
 use crate::stats::{Counters, Reading, Snapshot};
+use crate::trace::Trace;
 use crate::trigger::Trigger;
 
 /// Received frames waiting to be forwarded, bytes: one frame of the stream.
@@ -26,6 +27,8 @@ pub(super) struct Flight {
     /// Taken before its last byte was sent: an acknowledgement permits release from here on.
     pub stamp_ns: u64,
     pub resumed_ns: u64,
+    /// Number of its record in the trace.
+    pub record: u64,
     /// Its content, to be sent again after a reconnection; away while it is being sent.
     pub slot: Option<Slot>,
 }
@@ -78,6 +81,9 @@ pub(super) struct Shared {
     pub barrier: Arc<Barrier>,
     pub clock: Arc<dyn Clock>,
     pub counters: Counters,
+    pub trace: Trace,
+    /// First record of the trace whose outputs have not all left.
+    pub unreleased: AtomicU64,
     pub flow: Mutex<Flow>,
     pub question: Mutex<Question>,
     pub answers: Mutex<Answers>,
@@ -89,6 +95,8 @@ pub(super) struct Shared {
     pub stop: AtomicBool,
     pub last: AtomicBool,
     pub asked: AtomicBool,
+    /// A dirty ring was why.
+    pub ring_full: AtomicBool,
     /// The epoch thread waits for an acknowledgement or a release: only then is it woken by one.
     pub hungry: AtomicBool,
     pub confirmed: AtomicBool,
@@ -118,6 +126,8 @@ impl Shared {
             barrier,
             clock,
             counters: Counters::default(),
+            trace: Trace::default(),
+            unreleased: AtomicU64::new(1),
             flow: Mutex::new(Flow {
                 flying: VecDeque::with_capacity(slots.len()),
                 free: slots,
@@ -135,6 +145,7 @@ impl Shared {
             stop: AtomicBool::new(false),
             last: AtomicBool::new(false),
             asked: AtomicBool::new(false),
+            ring_full: AtomicBool::new(false),
             hungry: AtomicBool::new(false),
             confirmed: AtomicBool::new(confirmed),
             verifying: AtomicBool::new(false),
@@ -175,6 +186,7 @@ impl Shared {
                 self.counters
                     .commit
                     .record(now.saturating_sub(flight.resumed_ns));
+                self.trace_acked(&flight, now);
                 flow.acked_stamp_ns = flight.stamp_ns;
                 flow.free.extend(flight.slot);
             }
@@ -192,6 +204,7 @@ impl Shared {
             self.counters.expired.fetch_add(1, Ordering::Relaxed);
             self.ask();
         }
+        self.trace_released();
         if self.hungry.swap(false, Ordering::AcqRel) {
             self.trigger.ring();
         }
@@ -233,10 +246,16 @@ impl PrimaryHandle {
         self.shared.trigger.ring();
     }
 
-    /// Ends the open epoch soon, output or not: a device waits for room, a dirty ring is full.
+    /// Ends the open epoch soon, output or not: a device waits for room, the machine was reset.
     pub fn trigger(&self) {
         self.shared.asked.store(true, Ordering::Release);
         self.shared.trigger.ring();
+    }
+
+    /// Ends the open epoch soon: a dirty ring is full.
+    pub fn ring_full(&self) {
+        self.shared.ring_full.store(true, Ordering::Release);
+        self.trigger();
     }
 
     /// Has the next epoch be the last: the guest stays paused, `run` returns [`super::Ended::Final`]
@@ -327,6 +346,16 @@ impl PrimaryHandle {
     /// Times and counts since the engine was made.
     pub fn stats(&self) -> Snapshot {
         self.reading().since(None)
+    }
+
+    /// Every histogram and counter.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// What happened in the last epochs.
+    pub fn trace(&self) -> &Trace {
+        &self.shared.trace
     }
 
     /// The latest initial copy: bytes of disks compared, and bytes that travelled either way for them.

@@ -12,6 +12,7 @@ mod run;
 mod sent;
 mod ship;
 mod sync;
+mod traced;
 
 use std::sync::Arc;
 
@@ -264,6 +265,8 @@ pub struct PrimaryEngine<G, S> {
     uncounted_pause: Option<u64>,
     /// When each part of that pause ended.
     ends: Parts<u64>,
+    /// What its record in the trace needs besides.
+    traced: traced::Traced,
     estimate: usize,
     estimated: u64,
     failures: u32,
@@ -310,6 +313,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             paused_for: 0,
             uncounted_pause: None,
             ends: Parts::default(),
+            traced: traced::Traced::default(),
             estimate: 0,
             estimated: 0,
             failures: 0,

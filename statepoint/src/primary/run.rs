@@ -12,7 +12,7 @@ use super::handle::Failure;
 use super::{Ended, EpochSource, PrimaryEngine, PrimaryError, acks};
 use crate::guest::Guest;
 use crate::link::{FrameReader, FrameWriter, LinkError, PrimaryLink};
-use crate::policy::{Decision, Situation};
+use crate::policy::{Decision, Reason, Situation};
 
 /// Captures that may fail one after the other before the engine gives up.
 const MAX_FAILURES: u32 = 3;
@@ -144,8 +144,8 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
                 continue;
             }
             match self.config.policy.decide(&situation) {
-                Decision::Capture if !self.waits_for_ack() => self.epoch(writer)?,
-                Decision::Capture => self.shared.trigger.wait(Duration::from_millis(5)),
+                Decision::Capture(why) if !self.waits_for_ack() => self.epoch(writer, why)?,
+                Decision::Capture(_) => self.shared.trigger.wait(Duration::from_millis(5)),
                 Decision::Park => {
                     if let Err(error) = self.guest.pause() {
                         self.guest.resume().map_err(PrimaryError::Resume)?;
@@ -210,21 +210,26 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
         }
     }
 
-    fn epoch(&mut self, writer: &mut FrameWriter) -> Result<(), PrimaryError> {
+    fn epoch(&mut self, writer: &mut FrameWriter, why: Reason) -> Result<(), PrimaryError> {
         let Some(mut slot) = self.shared.flow.lock().free.pop() else {
             return Ok(());
         };
         self.shared.asked.store(false, Ordering::Release);
         let last = self.shared.last.load(Ordering::Acquire);
+        let why = self.reason(why, last);
         match self.capture(&mut slot, last) {
             Ok(()) => {
                 ax_failpoint::reached(Point::Resumed);
+                self.trace_captured(&mut slot, why);
                 if last || slot.spilled() {
                     (self.stays, self.is_final) = (Some(slot.epoch), last);
                 }
                 self.ship(writer, slot)
             }
-            Err(error) => self.not_captured(slot, error),
+            Err(error) => {
+                self.trace_failed(&slot, why);
+                self.not_captured(slot, error)
+            }
         }
     }
 

@@ -14,6 +14,7 @@ use super::sent::Sent;
 use super::{CaptureError, EpochSource, PrimaryEngine, PrimaryError};
 use crate::guest::{Guest, Page};
 use crate::link::{FrameWriter, LinkError};
+use crate::trace::Moment;
 
 /// Pages put in one frame.
 const CHUNK: usize = 64;
@@ -106,6 +107,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             epoch: slot.epoch,
             stamp_ns: 0,
             resumed_ns: slot.resumed_ns,
+            record: slot.record,
             slot: None,
         });
         self.send(writer, slot)
@@ -131,14 +133,13 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         let began = self.shared.clock.now_ns();
         let before = writer.written;
         let sent = self.write_epoch(writer, &slot);
-        self.shared
-            .counters
-            .bytes
-            .fetch_add(writer.written - before, Ordering::Relaxed);
-        self.shared
-            .counters
-            .ship
-            .record(self.shared.clock.now_ns().saturating_sub(began));
+        let (ended, shipped) = (self.shared.clock.now_ns(), writer.written - before);
+        let counters = &self.shared.counters;
+        counters.bytes.fetch_add(shipped, Ordering::Relaxed);
+        counters.ship.record(ended.saturating_sub(began));
+        if sent.is_ok() {
+            self.trace_shipped(&slot, [began, ended], shipped);
+        }
         let mut flow = self.shared.flow.lock();
         match flow.flying.iter_mut().find(|f| f.epoch == slot.epoch) {
             Some(flight) => flight.slot = Some(slot),
@@ -186,6 +187,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         // The acknowledgement follows the receipt of the last byte, which is written after this: so
         // long the shadow had not asked to take over (rule 24).
         let stamp = self.shared.clock.now_ns();
+        self.shared.trace.mark(slot.record, Moment::Encoded, stamp);
         let mut flow = self.shared.flow.lock();
         if let Some(flight) = flow.flying.iter_mut().find(|f| f.epoch == epoch) {
             flight.stamp_ns = stamp;

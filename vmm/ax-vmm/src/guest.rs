@@ -261,6 +261,13 @@ impl Guest for EpochGuest {
         resumed.map_err(failed("resume"))
     }
 
+    fn parked_ns(&self) -> Option<u64> {
+        if self.part == Part::Disks {
+            return None;
+        }
+        Some(self.machine.lock().parked_ns())
+    }
+
     fn resumed_ns(&self) -> Option<u64> {
         if self.part == Part::Disks {
             return None;

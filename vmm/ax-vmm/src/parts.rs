@@ -251,7 +251,7 @@ impl Parts {
         let ring = bell.clone();
         barrier.on_pending(move || ring.with(PrimaryHandle::wake));
         let full = bell.clone();
-        machine.on_ring_full(Arc::new(move || full.with(PrimaryHandle::trigger)));
+        machine.on_ring_full(Arc::new(move || full.with(PrimaryHandle::ring_full)));
         let machine = SharedMachine::new(machine);
         Ok(Parts {
             machine,
