@@ -66,7 +66,7 @@ fn measure(site: &Site, writing: Duration) -> Result<()> {
         let name = format!("memory-{}", memory.to_lowercase());
         let guest = Guest::start(site, &name, "ft", &["--memory", memory])?;
         let idle = largest(site, IDLE)?;
-        let pages = all_pages(&guest)?;
+        let pages = guest.all_pages()?;
         guest.command(&format!("DIRTY {pages} {WRITES} 8"))?;
         let busy = largest(site, writing)?;
         let status = guest.status()?;
@@ -95,18 +95,6 @@ fn measure(site: &Site, writing: Duration) -> Result<()> {
     }
     println!("{}", json!({"bench": "memory", "results": results}));
     Ok(())
-}
-
-/// How many pages the guest can be told to write to: it names the bound when asked for too many.
-fn all_pages(guest: &Guest<'_>) -> Result<u64> {
-    match guest.command(&format!("DIRTY {} 1 8", u64::MAX)) {
-        Ok(said) => Err(format!("the guest took an impossible order: {said}").into()),
-        Err(refusal) => {
-            let text = refusal.to_string();
-            let bound = text.split_whitespace().find_map(|word| word.parse().ok());
-            bound.ok_or_else(|| format!("no number of pages in {text:?}").into())
-        }
-    }
 }
 
 /// The most each side took during so long a time.

@@ -66,6 +66,69 @@ pub fn setting(name: &str, default: u64) -> Result<u64> {
     }
 }
 
+/// Whether `AX_BENCH_ONLY`, a part of a case's name, leaves this case in. Without it every case is.
+pub fn is_asked_for(case: &str) -> bool {
+    case.contains(&std::env::var("AX_BENCH_ONLY").unwrap_or_default())
+}
+
+/// What the guest is like, where the bench does not say: `AX_BENCH_CPUS` (2) and `AX_BENCH_MEMORY` (512M).
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Virtual CPUs, as axvm takes them.
+    pub cpus: String,
+    /// RAM, as axvm takes it.
+    pub memory: String,
+}
+
+impl Shape {
+    /// As the environment says.
+    pub fn from_env() -> Shape {
+        let or = |name: &str, default: &str| std::env::var(name).unwrap_or(default.into());
+        Shape {
+            cpus: or("AX_BENCH_CPUS", "2"),
+            memory: or("AX_BENCH_MEMORY", "512M"),
+        }
+    }
+
+    /// Options of `axvm start`.
+    pub fn args(&self) -> [&str; 4] {
+        ["--cpus", &self.cpus, "--memory", &self.memory]
+    }
+
+    /// For the result of a bench.
+    pub fn json(&self) -> Value {
+        serde_json::json!({"cpus": self.cpus, "memory": self.memory})
+    }
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} vCPU, {}", self.cpus, self.memory)
+    }
+}
+
+/// The order of the modes in a round: turned round from one to the next, so that a drift of the machine
+/// cancels out. Indices of [`MODES`].
+pub fn order(round: u64) -> [usize; 2] {
+    if round.is_multiple_of(2) {
+        [0, 1]
+    } else {
+        [1, 0]
+    }
+}
+
+/// Without protection and with it.
+pub const MODES: [&str; 2] = ["none", "ft"];
+
+/// The median; of an even number of figures the mean of the middle two, of none 0.
+pub fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let n = sorted.len();
+    let at = |i: usize| sorted.get(i).copied().unwrap_or(0.0);
+    (at(n / 2) + at(n.saturating_sub(1) / 2)) / 2.0
+}
+
 /// The probe guest on host a. Dropping it ends its processes on both hosts.
 pub struct Guest<'a> {
     site: &'a Site,
@@ -110,6 +173,37 @@ impl<'a> Guest<'a> {
         Ok(answer)
     }
 
+    /// How many pages it can be told to write to: it names the bound when asked for too many.
+    ///
+    /// # Errors
+    /// It takes an impossible order, or names no number.
+    pub fn all_pages(&self) -> Result<u64> {
+        match self.command(&format!("DIRTY {} 1 8", u64::MAX)) {
+            Ok(said) => Err(format!("the guest took an impossible order: {said}").into()),
+            Err(refusal) => {
+                let text = refusal.to_string();
+                let bound = text.split_whitespace().find_map(|word| word.parse().ok());
+                bound.ok_or_else(|| format!("no number of pages in {text:?}").into())
+            }
+        }
+    }
+
+    /// One of its counters (`COUNTERS`: `writes`, `spins` …), all CPUs together.
+    ///
+    /// # Errors
+    /// The connection's, or an answer that is no counter.
+    pub fn counted(&self, what: &str) -> Result<u64> {
+        let counters = self.command("COUNTERS")?;
+        let mut all = 0;
+        for word in counters.split(' ') {
+            let (counter, count) = word.split_once('=').unwrap_or((word, ""));
+            if counter.rsplit('.').next() == Some(what) {
+                all += count.parse::<u64>()?;
+            }
+        }
+        Ok(all)
+    }
+
     /// What its primary says of itself (`axvm -o json show`).
     ///
     /// # Errors
@@ -139,6 +233,11 @@ impl Drop for Guest<'_> {
 pub fn number(of: &Value) -> Result<f64> {
     of.as_f64()
         .ok_or_else(|| format!("{of} where a number was due").into())
+}
+
+/// To three decimals: a share.
+pub fn share(x: f64) -> f64 {
+    (x * 1000.0).round() / 1000.0
 }
 
 /// To one decimal: what a clock and a percentile are good for.
