@@ -110,11 +110,7 @@ pub trait ShadowGuest {
     fn patch_page(&mut self, page: Page, patch: &Patch<'_>) -> Result<(), GuestError> {
         let mut content = [0; PAGE_SIZE];
         self.read_pages(page, &mut content)?;
-        for (at, part) in patch.parts() {
-            if let Some(place) = content.get_mut(at..at + part.len()) {
-                place.copy_from_slice(part);
-            }
-        }
+        patch.apply(&mut content);
         self.write_pages(page, &content)
     }
 

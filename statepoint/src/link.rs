@@ -113,12 +113,30 @@ impl FrameWriter {
         epoch: EpochId,
         fill: impl FnOnce(&mut Vec<u8>),
     ) -> Result<usize, LinkError> {
+        let fill = |out: &mut Vec<u8>| {
+            fill(out);
+            true
+        };
+        self.frame_if(kind, epoch, fill)
+            .map(Option::unwrap_or_default)
+    }
+
+    /// The same if `fill` returns true, else nothing.
+    pub(crate) fn frame_if(
+        &mut self,
+        kind: FrameKind,
+        epoch: EpochId,
+        fill: impl FnOnce(&mut Vec<u8>) -> bool,
+    ) -> Result<Option<usize>, LinkError> {
         if self.buf.len() >= FLUSH_AT {
             self.flush()?;
         }
         let start = self.buf.len();
         self.buf.extend_from_slice(&[0; HEADER]);
-        fill(&mut self.buf);
+        if !fill(&mut self.buf) {
+            self.buf.truncate(start);
+            return Ok(None);
+        }
         let payload = self.buf.get(start + HEADER..).unwrap_or_default();
         let header = Header {
             version: self.version,
@@ -141,7 +159,7 @@ impl FrameWriter {
             place.copy_from_slice(&header.to_bytes());
         }
         self.number = self.number.wrapping_add(1);
-        Ok(header.len)
+        Ok(Some(header.len))
     }
 
     /// Writes everything gathered.

@@ -440,6 +440,67 @@ fn pages_are_patched_only_where_the_wire_version_has_it_and_the_shadow_has_the_p
 }
 
 #[test]
+fn a_state_is_patched_only_where_there_is_one() {
+    let (guest, bytes) = record();
+    let good = frames(&bytes);
+    let state = |f: &Frame| matches!(f.header.kind, FrameKind::State | FrameKind::StatePatch);
+    let of = |epoch| {
+        let epoch = EpochId(epoch);
+        let at = good
+            .iter()
+            .position(|f| state(f) && f.header.epoch == epoch);
+        at.unwrap()
+    };
+    let kind = |epoch: u64| good[of(epoch)].header.kind;
+    assert_eq!(
+        (kind(1), kind(5)),
+        (FrameKind::State, FrameKind::StatePatch)
+    );
+    let refused = |frames: &[Frame], version, last: Option<u64>| {
+        let (error, committed) = play_in(version, &guest, sealed(frames));
+        let told = matches!(
+            error,
+            ShadowError::Epoch { .. } | ShadowError::Link(LinkError::Frame(_))
+        );
+        assert!(told, "{error}");
+        assert_eq!(committed, last.map(EpochId));
+    };
+    let with = |epoch: u64, payload: Vec<u8>| {
+        let mut bad = good.clone();
+        bad[of(epoch)].header.kind = FrameKind::StatePatch;
+        bad[of(epoch)].payload = payload;
+        bad
+    };
+    refused(&with(1, vec![]), WIRE_VERSION, None);
+    let mut patch = vec![];
+    let (old, new) = ([0; PAGE_SIZE], [1; PAGE_SIZE]);
+    for piece in [1000, u64::MAX / 2, u64::MAX - 1] {
+        patch.clear();
+        assert!(push_patch(piece, &old, &new, 2 * PAGE_SIZE, &mut patch));
+        refused(&with(5, patch.clone()), WIRE_VERSION, Some(4));
+    }
+    refused(
+        &with(5, run_header(0, 1, false).to_vec()),
+        WIRE_VERSION,
+        Some(4),
+    );
+    refused(&with(5, vec![7; 9]), WIRE_VERSION, Some(4));
+    let mut twice = good.clone();
+    twice.insert(of(5), good[of(5)].clone());
+    refused(&twice, WIRE_VERSION, Some(4));
+
+    let (_, bytes) = record_in(Version::FIRST);
+    let mut old = frames_of(Version::FIRST, &bytes);
+    assert!(old.iter().all(|f| f.header.kind != FrameKind::StatePatch));
+    let at = old.iter().rposition(|f| f.header.kind == FrameKind::State);
+    old[at.unwrap()].header.kind = FrameKind::StatePatch;
+    let before = old[at.unwrap()].header.epoch.0 - 1;
+    let (error, committed) = play_in(Version::FIRST, &guest, sealed(&old));
+    assert!(error.to_string().contains("wire version"), "{error}");
+    assert_eq!(committed, Some(EpochId(before)));
+}
+
+#[test]
 fn answers_about_disks_that_nobody_asked_for_are_refused() {
     let frame = |kind, payload: Vec<u8>| Frame {
         header: Header {

@@ -72,6 +72,15 @@ pub struct Patch<'a> {
 }
 
 impl<'a> Patch<'a> {
+    /// Changes `page`, [`PAGE_SIZE`] bytes.
+    pub fn apply(&self, page: &mut [u8]) {
+        for (at, part) in self.parts() {
+            if let Some(place) = page.get_mut(at..at + part.len()) {
+                place.copy_from_slice(part);
+            }
+        }
+    }
+
     /// Each part: its offset in the page and what it holds now.
     pub fn parts(&self) -> impl Iterator<Item = (usize, &'a [u8])> {
         let mut rest = self.bytes;
@@ -293,9 +302,7 @@ mod tests {
             let Content::Patch(patch) = run.unwrap().content else {
                 panic!("not a patch");
             };
-            for (at, part) in patch.parts() {
-                page[at..at + part.len()].copy_from_slice(part);
-            }
+            patch.apply(&mut page);
         }
         page
     }

@@ -5,7 +5,7 @@
 //! dropped, doubled or moved is found at once.
 //!
 //! ```text
-//! forward   Bulk* DiskBasis* DiskAsk* SyncDone   then per epoch  Begin State* Pages* Disk* Outputs* End
+//! forward   Bulk* DiskBasis* DiskAsk* SyncDone   then per epoch  Begin (State* | StatePatch) Pages* Disk* Outputs* End
 //!           Received, Question, Granted between epochs
 //! backward  Resume  then  DiskMap* DiskSums* during the initial copy  Ack  Applied  Answer  Refuse
 //! ```
@@ -63,6 +63,9 @@ pub enum FrameKind {
     DiskBasis = 14,
     /// "Your blocks of these regions?" [`DiskAsk`](crate::resync::DiskAsk).
     DiskAsk = 15,
+    /// The machine's state blocks as patches of those of the epoch before, by pieces of 4096 bytes: page runs
+    /// ([`crate::runs`]), numbered from 0; bytes beyond the end count as zero. In place of [`FrameKind::State`].
+    StatePatch = 16,
     /// The first word of a shadow on a new connection: [`Resume`].
     Resume = 32,
     /// Every epoch ≤ this one is staged whole: [`Progress`].

@@ -30,7 +30,7 @@ use crate::stats::Parts;
 use capture::Slot;
 use handle::Shared;
 pub use handle::{PrimaryHandle, PrimaryProgress};
-use sent::Sent;
+use sent::{Sent, SentState};
 
 /// What besides memory and machine state belongs to an epoch. Called from the epoch thread.
 pub trait EpochSource: Send {
@@ -272,6 +272,8 @@ pub struct PrimaryEngine<G, S> {
     failures: u32,
     /// What the shadow has of the pages sent last.
     sent: Sent,
+    /// The machine's state as it was sent last.
+    sent_state: SentState,
     scratch: Vec<u8>,
     pages: Vec<Page>,
     received: Vec<u8>,
@@ -318,6 +320,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
             estimated: 0,
             failures: 0,
             sent: Sent::new(sent::KEPT.min(total)),
+            sent_state: SentState::new(config.state_bytes),
             scratch: Vec::with_capacity(ship::CHUNK_BYTES),
             pages: Vec::with_capacity(total),
             received: Vec::with_capacity(handle::RECEIVED_BYTES),

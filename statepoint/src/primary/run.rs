@@ -117,6 +117,7 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
     fn drive(&mut self, writer: &mut FrameWriter, full: bool) -> Result<Ended, PrimaryError> {
         // What the shadow did not stage is sent again.
         self.sent.clear();
+        self.sent_state.clear();
         self.write_between(writer)?;
         if full {
             self.unpark().map_err(PrimaryError::Resume)?;

@@ -133,6 +133,58 @@ impl Sent {
     }
 }
 
+/// The machine's state as it was sent last: from one epoch to the next most of it stays as it is.
+#[derive(Debug)]
+pub(super) struct SentState {
+    /// Whole pieces: what is beyond the state's end is zero.
+    last: Vec<u8>,
+    fresh: Vec<u8>,
+    /// Length of the state in `last`; none when the shadow is not known to have it.
+    known: Option<usize>,
+}
+
+impl SentState {
+    /// For states of at most `bytes`.
+    pub fn new(bytes: usize) -> SentState {
+        let room = bytes.next_multiple_of(PAGE_SIZE);
+        SentState {
+            last: Vec::with_capacity(room),
+            fresh: Vec::with_capacity(room),
+            known: None,
+        }
+    }
+
+    /// Forgets it: a connection begins.
+    pub fn clear(&mut self) {
+        self.known = None;
+    }
+
+    /// Appends `state` as patches of the one before, if that pays; false: it is for the caller to send it
+    /// whole. Either way it is what the shadow has next.
+    pub fn patch(&mut self, state: &[u8], out: &mut Vec<u8>) -> bool {
+        self.fresh.clear();
+        self.fresh.extend_from_slice(state);
+        self.fresh
+            .resize(state.len().next_multiple_of(PAGE_SIZE), 0);
+        let start = out.len();
+        let most = state.len() / 4 * 3;
+        let mut patched = self.known.replace(state.len()) == Some(state.len());
+        if patched {
+            let pieces = self.last.chunks_exact(PAGE_SIZE);
+            for ((old, new), piece) in pieces.zip(self.fresh.chunks_exact(PAGE_SIZE)).zip(0..) {
+                let left = most.saturating_sub(out.len() - start);
+                if old != new && !push_patch(piece, old, new, left, out) {
+                    patched = false;
+                    out.truncate(start);
+                    break;
+                }
+            }
+        }
+        std::mem::swap(&mut self.last, &mut self.fresh);
+        patched
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use ax_wire::runs::{Content, Runs};
@@ -148,9 +200,7 @@ mod tests {
             let Content::Patch(patch) = run.content else {
                 panic!("{run:?}");
             };
-            for (at, part) in patch.parts() {
-                there[at..at + part.len()].copy_from_slice(part);
-            }
+            patch.apply(there);
         }
     }
 
@@ -202,6 +252,27 @@ mod tests {
         assert_eq!(all(&mut sent, 0..4), 4);
         all(&mut sent, 9..10);
         assert_eq!(all(&mut sent, 1..4), 3, "0 left");
+    }
+
+    #[test]
+    fn a_state_is_patched_while_its_length_stays_and_little_of_it_changes() {
+        let mut sent = SentState::new(10_000);
+        let mut out = Vec::new();
+        let mut state = vec![1; 9_001];
+        assert!(!sent.patch(&state, &mut out));
+        assert!(sent.patch(&state, &mut out) && out.is_empty());
+        (state[0], state[9_000]) = (2, 3);
+        assert!(sent.patch(&state, &mut out));
+        let runs: Vec<_> = Runs::new(&out).map(|run| run.unwrap().first).collect();
+        assert_eq!(runs, [0, 2]);
+        out.clear();
+        state.pop();
+        assert!(!sent.patch(&state, &mut out));
+        state.fill(9);
+        assert!(!sent.patch(&state, &mut out));
+        assert!(sent.patch(&state, &mut out));
+        sent.clear();
+        assert!(!sent.patch(&state, &mut out) && out.is_empty());
     }
 
     proptest! {

@@ -164,9 +164,7 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         count.add(writer.frame(FrameKind::EpochBegin, epoch, |out| {
             fixed(begin.as_bytes(), out);
         })?);
-        for piece in slot.state.chunks(PIECE) {
-            count.add(writer.frame(FrameKind::State, epoch, |out| fixed(piece, out))?);
-        }
+        self.write_state(writer, slot, &mut count)?;
         self.write_dirty(writer, slot, &mut count)?;
         for (kind, bytes) in [
             (FrameKind::Disk, &slot.disk),
@@ -196,6 +194,28 @@ impl<G: Guest, S: EpochSource> PrimaryEngine<G, S> {
         drop(flow);
         writer.flush()?;
         ax_failpoint::reached(Point::Shipped);
+        Ok(())
+    }
+
+    /// The machine's state, as patches where those pay.
+    fn write_state(
+        &mut self,
+        writer: &mut FrameWriter,
+        slot: &Slot,
+        count: &mut Count,
+    ) -> Result<(), PrimaryError> {
+        if slot.state.len() <= PIECE && writer.version().has(&Patches).is_ok() {
+            let sent = &mut self.sent_state;
+            let patch = |out: &mut Vec<u8>| sent.patch(&slot.state, out);
+            if let Some(bytes) = writer.frame_if(FrameKind::StatePatch, slot.epoch, patch)? {
+                count.add(bytes);
+                return Ok(());
+            }
+        }
+        for piece in slot.state.chunks(PIECE) {
+            let fixed = |out: &mut Vec<u8>| out.extend_from_slice(piece);
+            count.add(writer.frame(FrameKind::State, slot.epoch, fixed)?);
+        }
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use ax_wire::records::{RecordKind, Records};
 use ax_wire::resync::Ask;
 use ax_wire::runs::{Content, Patches, Runs};
 use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce};
-use ax_wire::{EpochId, Generation};
+use ax_wire::{EpochId, Generation, PAGE_SIZE};
 use io_barrier::MAX_NICS;
 
 use super::apply::write_runs;
@@ -25,6 +25,8 @@ pub(super) struct Receiver<'a, 'g, G, S> {
     sink: &'a Mutex<&'g mut S>,
     ram: Vec<RamRegion>,
     stage: Option<Stage>,
+    /// The machine's state of the last epoch that was whole on this connection; empty before the first.
+    last_state: Vec<u8>,
     /// Payload of frames that are not staged.
     scratch: Vec<u8>,
     /// A piece of the disks' initial copy, while it arrives.
@@ -70,6 +72,7 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             sink,
             ram,
             stage: None,
+            last_state: Vec::with_capacity(shared.config.state_bytes),
             scratch: Vec::new(),
             disk: Vec::new(),
             copying: false,
@@ -106,9 +109,11 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             FrameKind::DiskBasis | FrameKind::DiskAsk => self.asked(&header),
             FrameKind::SyncDone => self.sync_done(&header),
             FrameKind::EpochBegin => self.begin(&header),
-            FrameKind::State | FrameKind::Pages | FrameKind::Disk | FrameKind::Outputs => {
-                self.part(&header)
-            }
+            FrameKind::State
+            | FrameKind::StatePatch
+            | FrameKind::Pages
+            | FrameKind::Disk
+            | FrameKind::Outputs => self.part(&header),
             FrameKind::EpochEnd => self.end(&header),
             FrameKind::Received | FrameKind::Question | FrameKind::Granted => self.between(&header),
             kind => Err(body_error(kind, "not a forward frame")),
@@ -262,12 +267,43 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             FrameKind::State => (&mut stage.state, begin.state.get()),
             FrameKind::Disk => (&mut stage.disk, begin.disk.get()),
             FrameKind::Outputs => (&mut stage.outputs, begin.outputs.get()),
+            FrameKind::StatePatch => return self.patch_state(header, begin),
             _ => return self.pages(header),
         };
         if (part.len() + header.len) as u64 > bound {
             return Err(bad(epoch, "has more than its begin says"));
         }
         Ok(self.reader.append(header, part)?)
+    }
+
+    /// The state of the epoch before, patched.
+    fn patch_state(&mut self, header: &Header, begin: EpochBegin) -> Result<(), ShadowError> {
+        if self.reader.version().has(&Patches).is_err() {
+            return Err(body_error(header.kind, "not known to this wire version"));
+        }
+        self.read_scratch(header)?;
+        let Some(stage) = self.stage.as_mut() else {
+            return Err(bad(header.epoch, "has state outside its begin and end"));
+        };
+        let length = self.last_state.len();
+        if length == 0 || begin.state.get() != length as u64 || !stage.state.is_empty() {
+            return Err(bad(header.epoch, "patches a state that is not there"));
+        }
+        stage.state.extend_from_slice(&self.last_state);
+        stage.state.resize(length.next_multiple_of(PAGE_SIZE), 0);
+        for run in Runs::new(&self.scratch) {
+            let run = run.map_err(LinkError::from)?;
+            let at = usize::try_from(run.first)
+                .ok()
+                .and_then(|n| n.checked_mul(PAGE_SIZE));
+            let piece = at.and_then(|at| stage.state.get_mut(at..at.checked_add(PAGE_SIZE)?));
+            match (run.content, piece) {
+                (Content::Patch(patch), Some(piece)) => patch.apply(piece),
+                _ => return Err(bad(header.epoch, "patches what is not its state")),
+            }
+        }
+        stage.state.truncate(length);
+        Ok(())
     }
 
     fn pages(&mut self, header: &Header) -> Result<(), ShadowError> {
@@ -337,6 +373,7 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         let shared = self.shared;
         let (epoch, first, now) = (stage.epoch, stage.first, shared.clock.now_ns());
         stage.arrived_ns = now;
+        self.last_state.clone_from(&stage.state);
         ax_failpoint::reached(Point::Staged);
         {
             let mut memory = shared.memory.lock();
@@ -351,7 +388,10 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         let mut stage = Some(stage);
         if first {
             // Memory and disks are in sync before this is said (rule 22, step 2).
-            stage.take().into_iter().for_each(|stage| shared.ready(stage));
+            stage
+                .take()
+                .into_iter()
+                .for_each(|stage| shared.ready(stage));
             if !shared.wait_applied(epoch) {
                 return Err(LinkError::Closed.into());
             }

@@ -56,6 +56,13 @@ fn error(doing: &'static str) -> GuestError {
     }
 }
 
+/// A machine's registers: most stay as they are, and the last one is the counter.
+pub fn registers(counter: u64) -> [u8; 5000] {
+    let mut bytes = [3; 5000];
+    bytes[4992..].copy_from_slice(&counter.to_le_bytes());
+    bytes
+}
+
 /// Steps of a capture that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -227,6 +234,7 @@ impl Guest for Sim {
         inner.fails(Step::Save)?;
         let counter = inner.counter();
         out.block(1, 1, 0, &counter.to_le_bytes())
+            .and_then(|()| out.block(2, 1, 0, &registers(counter)))
             .map_err(|_| error("saving"))
     }
 

@@ -366,8 +366,12 @@ impl Pair {
 
 /// The counter in a saved state.
 pub fn saved_counter(committed: &CommittedState) -> u64 {
-    let block = StateReader::new(&committed.state).next().unwrap().unwrap();
-    u64::from_le_bytes(block.payload.try_into().unwrap())
+    let mut blocks = StateReader::new(&committed.state);
+    let block = blocks.next().unwrap().unwrap();
+    let counter = u64::from_le_bytes(block.payload.try_into().unwrap());
+    let rest = blocks.next().unwrap().unwrap();
+    assert!(rest.payload == guest::registers(counter), "its state differs");
+    counter
 }
 
 /// Waits until `what`, at most a minute: longer is a hang.
