@@ -62,6 +62,11 @@ pub trait Guest {
         Ok(act(whole))
     }
 
+    /// Whether the guest had nothing to do when its state was last saved: the pause cost it nothing.
+    fn was_idle(&self) -> bool {
+        false
+    }
+
     /// Appends all CPU, irqchip, clock and device state. Only while paused, before `harvest`.
     fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError>;
 

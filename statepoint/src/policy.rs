@@ -19,7 +19,7 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Policy {
-            min_gap_ns: 250_000,
+            min_gap_ns: 100_000,
             pause_share: 50,
             max_interval_ns: 40_000_000,
             budget: 8 << 20,
@@ -35,7 +35,7 @@ pub struct Situation {
     pub now: u64,
     /// When the guest last resumed.
     pub resumed: u64,
-    /// How long its last pause was.
+    /// How long its last pause was; 0 if it was idle, so that the pause cost it nothing.
     pub paused_for: u64,
     /// Output waits in the open epoch.
     pub pending: bool,
@@ -159,10 +159,10 @@ mod tests {
         };
         assert_eq!(
             policy.decide(&pending),
-            Decision::WaitUntil(IDLE.resumed + 250_000)
+            Decision::WaitUntil(IDLE.resumed + 100_000)
         );
         let later = Situation {
-            now: IDLE.resumed + 250_000,
+            now: IDLE.resumed + 100_000,
             ..pending
         };
         assert_eq!(policy.decide(&later), Decision::Capture(Reason::Output));

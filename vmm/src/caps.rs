@@ -3,7 +3,7 @@
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_XSAVE2,
-    KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+    KVM_MAX_CPUID_ENTRIES, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_cpuid_entry2,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -297,6 +297,12 @@ fn accepts_pcid(vcpu: &VcpuFd) -> bool {
 pub(crate) fn xsave_size(vm: &kvm_ioctls::VmFd) -> usize {
     let size = vm.check_extension_raw(KVM_CAP_XSAVE2.into());
     usize::try_from(size).unwrap_or(0).max(4096)
+}
+
+/// Whether KVM_RUN can leave general and system registers where no call is needed to read them.
+pub(crate) fn syncs_registers(vm: &kvm_ioctls::VmFd) -> bool {
+    let wanted = (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS) as i32;
+    vm.check_extension_int(Cap::SyncRegs) & wanted == wanted
 }
 
 #[cfg(test)]

@@ -227,6 +227,11 @@ impl Gate {
         state.order != Order::Run || state.halted
     }
 
+    /// Whether vCPUs park for [`Gate::park_and`].
+    pub(crate) fn is_captured(&self) -> bool {
+        !matches!(self.state.lock().errand, Errand::None)
+    }
+
     /// Kicks every running vCPU and waits until all are parked.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! One machine: memory, KVM objects, devices and dirty tracking together.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ax_wire::state::{StateReader, StateWriter};
@@ -54,6 +55,8 @@ pub struct Machine {
     devices_started: bool,
     parked_ns: u64,
     promoted: bool,
+    /// See [`Machine::was_idle`].
+    idle: AtomicBool,
     config: MachineConfig,
     parts: Parts,
 }
@@ -117,6 +120,7 @@ impl Machine {
             devices_started: false,
             parked_ns: 0,
             promoted: false,
+            idle: AtomicBool::new(false),
             config,
             parts,
         })
@@ -386,6 +390,11 @@ impl Machine {
         self.vm.as_ref().and_then(|vm| vm.gate.entered_ns())
     }
 
+    /// Whether every vCPU waited for an interrupt when its state was last saved: the pause cost the guest nothing.
+    pub fn was_idle(&self) -> bool {
+        self.idle.load(Ordering::Relaxed)
+    }
+
     /// Appends all state: devices, then each vCPU, then clock and chips (rule 3). Only while paused,
     /// and before [`Machine::harvest`]: reading vCPU state may dirty guest memory. Allocates nothing.
     ///
@@ -403,10 +412,13 @@ impl Machine {
         };
         state::save_machine(&of, out)?;
         self.parts.devices.save(out).map_err(devices)?;
+        let alone = vm.vcpus.len() == 1;
+        let mut idle = true;
         for (index, vcpu) in vm.vcpus.iter().enumerate() {
             let core = &mut *vcpu.core.lock();
-            state::save_vcpu(&core.fd, &mut core.scratch, index as u32, out)?;
+            idle &= state::save_vcpu(&core.fd, &mut core.scratch, index as u32, alone, out)?;
         }
+        self.idle.store(idle, Ordering::Relaxed);
         state::save_vm(&vm.fd, self.parts.caps.tsc_khz, out)
     }
 

@@ -6,9 +6,10 @@
 
 use ax_wire::state::{Block, StateReader, StateWriter};
 use kvm_bindings::{
-    KVM_CLOCK_HOST_TSC, KVM_IRQCHIP_IOAPIC, KVM_VCPUEVENT_VALID_SIPI_VECTOR, Msrs, Xsave,
-    kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave2,
+    KVM_CLOCK_HOST_TSC, KVM_IRQCHIP_IOAPIC, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
+    Msrs, Xsave, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_sync_regs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave2,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::time::{Duration, Instant};
@@ -90,7 +91,23 @@ pub(crate) struct Scratch {
     msrs: Msrs,
     xsave: Xsave,
     xsave_size: usize,
+    /// Blocks of what only the vCPU's own running changes.
+    own: Vec<u8>,
+    /// They were saved when the vCPU parked, and it has not run since.
+    early: Option<Early>,
+    /// IA32_TSC_ADJUST and the TSC's offset when it was last read.
+    tsc: Option<(u64, u64)>,
 }
+
+/// By what an INIT since is found out: it leaves protected mode, and these registers as they are at power-on.
+#[derive(Clone, Copy)]
+struct Early {
+    regs: kvm_regs,
+    is_protected: bool,
+}
+
+const MSR_TSC_ADJUST: u32 = 0x3b;
+const CR0_PE: u64 = 1;
 
 impl Scratch {
     /// For a vCPU whose saved registers are `msrs` and whose XSAVE area has `xsave_size` bytes.
@@ -109,7 +126,15 @@ impl Scratch {
             xsave: Xsave::new(extra)
                 .map_err(|_| Error::Missing("an XSAVE area of bearable size"))?,
             xsave_size,
+            own: Vec::with_capacity(xsave_size.max(4096) + size_of_val(entries.as_slice()) + 4096),
+            early: None,
+            tsc: None,
         })
+    }
+
+    /// The vCPU is about to run, or its state to be set: what was saved ahead is over.
+    pub(crate) fn runs(&mut self) {
+        self.early = None;
     }
 }
 
@@ -122,32 +147,86 @@ fn put<T: IntoBytes + Immutable>(
     Ok(out.block(kind as u16, VERSION, index, value.as_bytes())?)
 }
 
-/// Saves one vCPU, in this order: GET_MP_STATE first, for it may deliver a pending INIT or SIPI and so
-/// change everything else; GET_VCPU_EVENTS last, with no vCPU running. Allocates nothing.
+/// Saves one vCPU, whose thread and all others are parked: GET_MP_STATE first, for it may deliver a pending INIT or
+/// SIPI and so change everything else; then what only its own running changes, as it was saved when it parked, unless
+/// that is not there or not true any more; GET_LAPIC and GET_VCPU_EVENTS last. Allocates nothing.
+///
+/// `alone`: the machine has no other vCPU, which could have sent it an INIT since. Returns whether it was idle: it waits
+/// for an interrupt, or to be started.
 pub(crate) fn save_vcpu(
     fd: &VcpuFd,
     scratch: &mut Scratch,
     index: u32,
+    alone: bool,
     out: &mut StateWriter<'_>,
-) -> Result<()> {
+) -> Result<bool> {
+    let mp_state = fd.get_mp_state().doing("KVM_GET_MP_STATE")?;
+    put(out, Kind::MpState, index, &mp_state)?;
+    let early = scratch.early.take();
+    let stands = match early {
+        None => false,
+        Some(_) if alone => true,
+        Some(early) => early.is_protected && fd.get_regs().doing("KVM_GET_REGS")? == early.regs,
+    };
+    if !stands {
+        save_own(fd, scratch, index, None)?;
+    }
+    out.append(&scratch.own)?;
     put(
         out,
-        Kind::MpState,
+        Kind::Lapic,
         index,
-        &fd.get_mp_state().doing("KVM_GET_MP_STATE")?,
+        &fd.get_lapic().doing("KVM_GET_LAPIC")?,
     )?;
     put(
         out,
-        Kind::Regs,
+        Kind::Events,
         index,
-        &fd.get_regs().doing("KVM_GET_REGS")?,
+        &fd.get_vcpu_events().doing("KVM_GET_VCPU_EVENTS")?,
     )?;
-    put(
-        out,
-        Kind::Sregs,
-        index,
-        &fd.get_sregs().doing("KVM_GET_SREGS")?,
-    )?;
+    Ok(mp_state.mp_state != KVM_MP_STATE_RUNNABLE)
+}
+
+/// Saves ahead what only the vCPU's own running changes, on its thread as it parks, while the others do the same: each
+/// KVM_GET_* costs as much as ten copies of what it returns. `ran`: KVM_RUN has returned on this thread since
+/// anything was set.
+///
+/// What else could change it is an INIT that another vCPU sends before it parks, too: [`save_vcpu`] finds that out. A
+/// failure is found out there again.
+pub(crate) fn save_ahead(fd: &VcpuFd, scratch: &mut Scratch, index: u32, synced: bool) {
+    let run = synced.then(|| fd.sync_regs());
+    scratch.early = save_own(fd, scratch, index, run).ok();
+}
+
+/// Replaces `scratch.own` by the blocks of what only the vCPU's own running changes.
+fn save_own(
+    fd: &VcpuFd,
+    scratch: &mut Scratch,
+    index: u32,
+    synced: Option<kvm_sync_regs>,
+) -> Result<Early> {
+    let mut own = std::mem::take(&mut scratch.own);
+    let saved = write_own(fd, scratch, index, synced, &mut StateWriter::new(&mut own));
+    scratch.own = own;
+    saved
+}
+
+fn write_own(
+    fd: &VcpuFd,
+    scratch: &mut Scratch,
+    index: u32,
+    synced: Option<kvm_sync_regs>,
+    out: &mut StateWriter<'_>,
+) -> Result<Early> {
+    let (regs, sregs) = match synced {
+        Some(run) => (run.regs, run.sregs),
+        None => (
+            fd.get_regs().doing("KVM_GET_REGS")?,
+            fd.get_sregs().doing("KVM_GET_SREGS")?,
+        ),
+    };
+    put(out, Kind::Regs, index, &regs)?;
+    put(out, Kind::Sregs, index, &sregs)?;
     save_xsave(fd, scratch, index, out)?;
     put(
         out,
@@ -161,12 +240,6 @@ pub(crate) fn save_vcpu(
         index,
         &fd.get_debug_regs().doing("KVM_GET_DEBUGREGS")?,
     )?;
-    put(
-        out,
-        Kind::Lapic,
-        index,
-        &fd.get_lapic().doing("KVM_GET_LAPIC")?,
-    )?;
     let got = fd.get_msrs(&mut scratch.msrs).doing("KVM_GET_MSRS")?;
     let entries = scratch.msrs.as_slice();
     if let Some(refused) = entries.get(got) {
@@ -176,18 +249,19 @@ pub(crate) fn save_vcpu(
         )));
     }
     out.block(Kind::Msrs as u16, VERSION, index, entries.as_bytes())?;
-    put(
-        out,
-        Kind::Events,
-        index,
-        &fd.get_vcpu_events().doing("KVM_GET_VCPU_EVENTS")?,
-    )?;
-    put(
-        out,
-        Kind::TscOffset,
-        index,
-        &sys::tsc_offset(fd).doing("KVM_VCPU_TSC_OFFSET")?,
-    )
+    let adjust = entries.iter().find(|e| e.index == MSR_TSC_ADJUST);
+    let adjust = adjust.map(|e| e.data);
+    // The guest moves its TSC by the same amount as this register, whichever of the two it writes (SDM vol. 3, 19.17.3).
+    let offset = match scratch.tsc {
+        Some((known, offset)) if Some(known) == adjust => offset,
+        _ => sys::tsc_offset(fd).doing("KVM_VCPU_TSC_OFFSET")?,
+    };
+    scratch.tsc = adjust.map(|adjust| (adjust, offset));
+    put(out, Kind::TscOffset, index, &offset)?;
+    Ok(Early {
+        regs,
+        is_protected: sregs.cr0 & CR0_PE != 0,
+    })
 }
 
 fn save_xsave(
@@ -345,6 +419,7 @@ pub(crate) fn restore_vcpu(
     tsc_khz: u32,
     elapsed: Elapsed,
 ) -> Result<()> {
+    (scratch.early, scratch.tsc) = (None, None);
     let mp_state: kvm_mp_state = saved.get(Kind::MpState, index)?;
     fd.set_mp_state(mp_state).doing("KVM_SET_MP_STATE")?;
     let regs: kvm_regs = saved.get(Kind::Regs, index)?;

@@ -14,7 +14,7 @@ use crate::devices::DeviceSet;
 use crate::gate::Gate;
 use crate::ports::{Outputs, Power};
 use crate::power::PowerLatch;
-use crate::state::Scratch;
+use crate::state::{self, Scratch};
 
 /// A vCPU and the buffers its state is saved through. The vCPU's thread holds the lock from the
 /// moment it is let go until it is parked.
@@ -25,6 +25,8 @@ pub(crate) struct Vcpu {
 pub(crate) struct Core {
     pub(crate) fd: VcpuFd,
     pub(crate) scratch: Scratch,
+    /// KVM_RUN leaves the registers in `kvm_run` (KVM_CAP_SYNC_REGS).
+    pub(crate) syncs: bool,
 }
 
 /// Counts of what happened, since the process started.
@@ -77,8 +79,12 @@ pub(crate) fn run(index: usize, vcpu: &Vcpu, around: &Surroundings) {
         return;
     }
     while around.gate.wait(index) {
-        let mut core = vcpu.core.lock();
+        let core = &mut *vcpu.core.lock();
+        core.scratch.runs();
         run_until_parked(index, &mut core.fd, around);
+        if around.gate.is_captured() {
+            state::save_ahead(&core.fd, &mut core.scratch, index as u32, core.syncs);
+        }
     }
 }
 

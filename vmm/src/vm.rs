@@ -10,7 +10,7 @@ use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::{IoEventAddress, SyncReg, VmFd};
 use parking_lot::Mutex;
 
 use ax_wire::PAGE_SIZE;
@@ -136,6 +136,7 @@ impl Drop for Vm {
 fn make_vcpus(fd: &VmFd, parts: &Parts) -> Result<(Vec<Arc<Vcpu>>, Vec<Kick>)> {
     let leaves = parts.caps.leaves()?;
     let xsave_size = caps::xsave_size(fd);
+    let syncs = caps::syncs_registers(fd);
     let (mut vcpus, mut kicks) = (Vec::new(), Vec::new());
     for index in 0..parts.vcpus {
         let mut vcpu = fd.create_vcpu(index.into()).doing("KVM_CREATE_VCPU")?;
@@ -145,9 +146,17 @@ fn make_vcpus(fd: &VmFd, parts: &Parts) -> Result<(Vec<Arc<Vcpu>>, Vec<Kick>)> {
         // SAFETY: the flag lies in the vCPU's mapping; `Vm::drop` has the gate forget it before
         // the vCPUs, which `Vm` keeps alive, are closed.
         kicks.push(unsafe { Kick::new(flag) });
+        if syncs {
+            vcpu.set_sync_valid_reg(SyncReg::Register);
+            vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
+        }
         let scratch = Scratch::new(&parts.caps.msrs, xsave_size)?;
         vcpus.push(Arc::new(Vcpu {
-            core: Mutex::new(Core { fd: vcpu, scratch }),
+            core: Mutex::new(Core {
+                fd: vcpu,
+                scratch,
+                syncs,
+            }),
         }));
     }
     Ok((vcpus, kicks))

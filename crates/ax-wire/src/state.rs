@@ -85,6 +85,23 @@ impl<'a> StateWriter<'a> {
         self.buf.resize(self.buf.len() + padded - payload.len(), 0);
         Ok(())
     }
+
+    /// Appends blocks that were written elsewhere before.
+    ///
+    /// # Errors
+    /// As [`StateWriter::block`]; the kind is 0.
+    pub fn append(&mut self, blocks: &[u8]) -> Result<(), StateFull> {
+        let room = self.buf.capacity() - self.buf.len();
+        if blocks.len() > room {
+            return Err(StateFull {
+                kind: 0,
+                len: blocks.len(),
+                room,
+            });
+        }
+        self.buf.extend_from_slice(blocks);
+        Ok(())
+    }
 }
 
 /// One block read back, its CRC checked.

@@ -140,7 +140,10 @@ impl<G: Guest + Send, S: EpochSource + Send> PrimaryEngine<G, S> {
             self.unpark().map_err(PrimaryError::Resume)?;
         }
         slot.resumed_ns = self.shared.clock.now_ns();
-        self.paused_for = slot.resumed_ns.saturating_sub(began);
+        self.paused_for = match self.guest.was_idle() {
+            true => 0,
+            false => slot.resumed_ns.saturating_sub(began),
+        };
         self.uncounted_pause = Some(began);
         self.shared.counters.pages.record(slot.pages.len() as u64);
         Ok(())

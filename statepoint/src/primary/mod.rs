@@ -260,6 +260,7 @@ pub struct PrimaryEngine<G, S> {
     /// That epoch is the final one.
     is_final: bool,
     resumed: u64,
+    /// What the last pause cost the guest, nanoseconds; nothing if it was idle.
     paused_for: u64,
     /// When the last pause began, until the next one: only then its end is known.
     uncounted_pause: Option<u64>,

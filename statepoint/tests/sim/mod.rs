@@ -370,7 +370,10 @@ pub fn saved_counter(committed: &CommittedState) -> u64 {
     let block = blocks.next().unwrap().unwrap();
     let counter = u64::from_le_bytes(block.payload.try_into().unwrap());
     let rest = blocks.next().unwrap().unwrap();
-    assert!(rest.payload == guest::registers(counter), "its state differs");
+    assert!(
+        rest.payload == guest::registers(counter),
+        "its state differs"
+    );
     counter
 }
 

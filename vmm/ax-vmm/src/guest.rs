@@ -213,6 +213,10 @@ impl Guest for EpochGuest {
             .inspect_err(|_| shared.end_turn())
     }
 
+    fn was_idle(&self) -> bool {
+        self.part == Part::Whole && self.machine.lock().was_idle()
+    }
+
     fn save(&mut self, out: &mut StateWriter<'_>) -> Result<(), GuestError> {
         if self.part == Part::Disks {
             return Ok(());
