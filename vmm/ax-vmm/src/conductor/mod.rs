@@ -128,6 +128,8 @@ struct Conductor {
     born: Instant,
     permission_over: Option<Instant>,
     lost_at: Option<Instant>,
+    /// How far a promotion has come.
+    promotion: promotion::Steps,
     copied: (u64, u64),
     waits_for: Option<String>,
     /// The last line told of the arbiter.
@@ -215,6 +217,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         born: Instant::now(),
         permission_over: None,
         lost_at: None,
+        promotion: promotion::Steps::default(),
         copied: (0, 0),
         waits_for: None,
         noted: None,
@@ -387,6 +390,7 @@ impl Conductor {
             }
             Heard::Granted(record) => {
                 self.waits_for = None;
+                self.promotion.reached(promotion::Step::Granted);
                 self.step(Event::Granted(record))
             }
             Heard::Refused(refusal) => {

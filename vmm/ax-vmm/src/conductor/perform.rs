@@ -7,6 +7,7 @@ use ax_wire::record::{Record, State};
 use io_barrier::FtGrant;
 use statepoint::pair::{Action, Ending, Event};
 
+use super::promotion::Step;
 use super::{Conductor, DRIFT_MARGIN, Ended};
 use crate::error::Error;
 use crate::faults::Standing;
@@ -17,6 +18,7 @@ impl Conductor {
     pub(super) fn perform(&mut self, action: Action) -> Result<(), Error> {
         match action {
             Action::Ask(from, change) => {
+                self.promotion.reached(Step::Asked);
                 if let Some(asker) = &self.asker {
                     asker.ask(from, change);
                 }
