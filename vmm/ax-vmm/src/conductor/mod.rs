@@ -128,6 +128,8 @@ struct Conductor {
     born: Instant,
     permission_over: Option<Instant>,
     lost_at: Option<Instant>,
+    /// The peer that is being lost has died, by the sentinel's word.
+    peer_died: bool,
     /// How far a promotion has come.
     promotion: promotion::Steps,
     copied: (u64, u64),
@@ -217,6 +219,7 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         born: Instant::now(),
         permission_over: None,
         lost_at: None,
+        peer_died: false,
         promotion: promotion::Steps::default(),
         copied: (0, 0),
         waits_for: None,
