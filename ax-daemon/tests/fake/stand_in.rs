@@ -20,7 +20,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use ax_api::host::StartFailure;
-use ax_api::process::{Event, Phase, Reply, Request, Role, Spec, Start, Status, What};
+use ax_api::process::{
+    Event, Phase, PromotionParts, Reply, Request, Role, Spec, Start, Status, What,
+};
 use ax_api::vm::{Boot, Mode};
 use ax_wire::{Generation, Incarnation};
 
@@ -137,7 +139,13 @@ impl Fake {
         if was == Role::Shadow {
             let mut state = self.state.lock().unwrap();
             let (epoch, took_us) = (7, 1000);
-            self.tell(&mut state, What::Promoted { epoch, took_us });
+            let parts_us = PromotionParts::default();
+            let promoted = What::Promoted {
+                epoch,
+                took_us,
+                parts_us,
+            };
+            self.tell(&mut state, promoted);
         }
     }
 

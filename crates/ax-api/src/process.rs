@@ -349,6 +349,25 @@ pub struct PauseParts {
     pub resume: u64,
 }
 
+/// The parts of a promotion after a loss in their order, microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromotionParts {
+    /// From the notice to every acknowledged epoch applied and durable on the disks here.
+    pub apply: u64,
+    /// Restoring the machine.
+    pub restore: u64,
+    /// What is left then of the time in which the other side may still show outputs (rule 24).
+    pub permission: u64,
+    /// Asking the arbiter, and writing its grant down.
+    pub grant: u64,
+    /// Writing the new generation beside the disks.
+    pub disks: u64,
+    /// Opening the taps, starting devices and vCPUs.
+    pub start: u64,
+    /// Announcing the guest, and letting out what is due.
+    pub release: u64,
+}
+
 /// A question or order to an `ax-vmm` process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "do")]
@@ -520,8 +539,11 @@ pub enum What {
     Promoted {
         /// Epoch it goes on from.
         epoch: u64,
-        /// From the notice to the first vCPU running, microseconds.
+        /// From the notice to its outputs leaving, microseconds; 0 after a planned failover.
         took_us: u64,
+        /// What that consists of.
+        #[serde(default)]
+        parts_us: PromotionParts,
     },
     /// A disk of this host fails.
     DiskFails {

@@ -355,7 +355,7 @@ fn event_line(event: &HostEvent) -> String {
             What::PathBack { address } => {
                 format!("the path by {address} to the other side works again")
             }
-            What::Promoted { epoch, took_us } => format!(
+            What::Promoted { epoch, took_us, .. } => format!(
                 "took over at epoch {epoch}, {}.{:03} ms after the notice",
                 took_us / 1000,
                 took_us % 1000

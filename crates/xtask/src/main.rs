@@ -5,12 +5,14 @@
 //! - `cargo xtask simulate`: a whole simulated pair under many seeds ([`ax_sim`])
 //! - `cargo xtask test`: every test, and by name those that could not run here ([`test`])
 //! - `cargo xtask bench`: the benches, in their own profile
+//! - `cargo xtask bench-compare`: one bench of two commits, in turn ([`compare`])
 //!
 //! They set up what they need themselves: as root directly, as an ordinary user in namespaces
 //! of their own.
 
 mod apart;
 mod campaign;
+mod compare;
 mod demo;
 mod summary;
 mod test;
@@ -54,6 +56,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Run one bench of two commits in turn, A B, B A, and print the ratio of each figure.
+    ///
+    /// Both are checked out in folders of their own and built (release; the first time that takes
+    /// minutes each). Settings of the bench (AX_BENCH_SECONDS …) pass through. Example:
+    /// AX_BENCH_ONLY=udp-echo-idle cargo xtask bench-compare HEAD~1 HEAD --bench latency
+    BenchCompare(compare::Options),
 }
 
 /// Why a task failed.
@@ -83,6 +91,7 @@ fn main() -> ExitCode {
         Task::Simulate(options) => simulate(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench { args } => test::bench(&args),
+        Task::BenchCompare(options) => compare::run(&options),
     };
     match done {
         Ok(code) => code,

@@ -65,7 +65,8 @@ pub fn run(options: &Options) -> Result<ExitCode, Error> {
 /// `cargo bench`, with arguments.
 pub fn bench(args: &[String]) -> Result<ExitCode, Error> {
     let status = cargo("bench")
-        .args(["--package", "ax"])
+        // One that can't run here does not keep the others from running.
+        .args(["--package", "ax", "--no-fail-fast"])
         .args(args)
         .status()
         .map_err(|e| Error::Failed(format!("cannot run cargo bench: {e}")))?;

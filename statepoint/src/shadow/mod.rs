@@ -276,6 +276,12 @@ impl ShadowHandle {
         self.shared.backward.freeze(close);
     }
 
+    /// When this side last permitted a release, nanoseconds of the engine's clock; 0 when it never has. Final
+    /// once [`ShadowHandle::freeze_acks`] has returned. The primary's permission began before that (rule 24).
+    pub fn permitted_ns(&self) -> u64 {
+        self.shared.backward.permitted_ns()
+    }
+
     /// Ends the present connection, if any; `run` applies what is committed and returns.
     pub fn disconnect(&self) {
         let close = self.shared.close.lock().clone();
@@ -370,7 +376,7 @@ impl<G: ShadowGuest + Send, S: ShadowSink> ShadowEngine<G, S> {
         let stages = Stages::new([Stage::new(&config), Stage::new(&config)]);
         let shared = Arc::new(Shared {
             generation: AtomicU64::new(config.primary.generation.0),
-            backward: Backward::default(),
+            backward: Backward::new(Arc::clone(&clock)),
             memory: Mutex::new(Memory {
                 outputs,
                 received: ReceivedLog::new(config.received_bytes, RECEIVED_AGE_NS),

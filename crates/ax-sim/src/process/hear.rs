@@ -61,7 +61,9 @@ impl Process {
             }
             Input::Died(who) => {
                 if self.watches(who) {
+                    self.peer_died = true;
                     self.peer_lost("its death");
+                    self.peer_died = false;
                 }
             }
             Input::Said(who, word) => self.said(who.0, word),
@@ -87,6 +89,16 @@ impl Process {
             true => LEASE + LEASE / 50 + MARGIN,
             false => PERMISSION + MARGIN,
         }
+    }
+
+    /// How much of it to wait for, as the product does.
+    pub(super) fn permission_left(&self) -> u64 {
+        let permitted = self.shadowing.as_ref().map(|s| s.engine.permitted_ns());
+        let since = match permitted {
+            Some(at) if self.peer_died && at > 0 => self.parts.clock.now_ns().saturating_sub(at),
+            _ => 0,
+        };
+        self.permission().saturating_sub(since)
     }
 
     /// Rule 19: the guest goes on from the other copy. Without one a request is tried again, but for a FLUSH: what

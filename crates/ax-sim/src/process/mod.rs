@@ -150,6 +150,8 @@ struct Process {
     beats: Arc<parking_lot::Mutex<Option<Running>>>,
     prepared: Option<CommittedState>,
     permission_over: Option<u64>,
+    /// The peer that is being lost has died.
+    peer_died: bool,
     last_epoch: EpochId,
     durable: bool,
     ended: bool,
@@ -234,6 +236,7 @@ fn run(
         beats,
         prepared: None,
         permission_over: None,
+        peer_died: false,
         last_epoch: EpochId(0),
         durable: true,
         ended: false,

@@ -40,7 +40,7 @@ impl Process {
                 }
             }
             Action::AwaitPermissionOver => {
-                self.permission_over = Some(self.here.now() + self.permission());
+                self.permission_over = Some(self.here.now() + self.permission_left());
                 if self.breaks(Broken::Permission) {
                     self.permission_over = Some(self.here.now());
                 }

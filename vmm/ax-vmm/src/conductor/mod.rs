@@ -128,6 +128,10 @@ struct Conductor {
     born: Instant,
     permission_over: Option<Instant>,
     lost_at: Option<Instant>,
+    /// The peer that is being lost has died, by the sentinel's word.
+    peer_died: bool,
+    /// How far a promotion has come.
+    promotion: promotion::Steps,
     copied: (u64, u64),
     waits_for: Option<String>,
     /// The last line told of the arbiter.
@@ -215,6 +219,8 @@ pub fn run(spec: Spec) -> Result<Ended, Error> {
         born: Instant::now(),
         permission_over: None,
         lost_at: None,
+        peer_died: false,
+        promotion: promotion::Steps::default(),
         copied: (0, 0),
         waits_for: None,
         noted: None,
@@ -387,6 +393,7 @@ impl Conductor {
             }
             Heard::Granted(record) => {
                 self.waits_for = None;
+                self.promotion.reached(promotion::Step::Granted);
                 self.step(Event::Granted(record))
             }
             Heard::Refused(refusal) => {

@@ -3,10 +3,12 @@
 use std::time::{Duration, Instant};
 
 use ax_api::process::{Reply, What};
+use ax_link::heartbeat::boottime_ns;
 use ax_wire::record::{Record, State};
 use io_barrier::FtGrant;
 use statepoint::pair::{Action, Ending, Event};
 
+use super::promotion::Step;
 use super::{Conductor, DRIFT_MARGIN, Ended};
 use crate::error::Error;
 use crate::faults::Standing;
@@ -17,6 +19,7 @@ impl Conductor {
     pub(super) fn perform(&mut self, action: Action) -> Result<(), Error> {
         match action {
             Action::Ask(from, change) => {
+                self.promotion.reached(Step::Asked);
                 if let Some(asker) = &self.asker {
                     asker.ask(from, change);
                 }
@@ -58,7 +61,7 @@ impl Conductor {
                 }
             }
             Action::AwaitPermissionOver => {
-                self.permission_over = Some(Instant::now() + self.permission());
+                self.permission_over = Some(Instant::now() + self.permission_left());
                 // Before anyone is asked: a record that names this side must never be ahead of what
                 // this side holds (I4).
                 if let Err(why) = self.prepare(false) {
@@ -140,6 +143,21 @@ impl Conductor {
                 lease + lease / 50 + DRIFT_MARGIN
             }
         }
+    }
+
+    /// How much of that time to wait for. Acknowledgements must have been frozen.
+    ///
+    /// Where the peer may live and ask as well, all of it: a cut cable favours the side that need not roll back
+    /// (rule 21). So it is where this side has acknowledged nothing: it may have given its word after a
+    /// planned failover (rule 25). A peer that has died asks nobody: what is left since the last acknowledgement.
+    fn permission_left(&self) -> Duration {
+        let permitted = self.shadowing.as_ref().map(|s| s.engine.permitted_ns());
+        let since = match permitted {
+            Some(at) if self.peer_died && at > 0 => boottime_ns().saturating_sub(at),
+            _ => 0,
+        };
+        self.permission()
+            .saturating_sub(Duration::from_nanos(since))
     }
 
     /// Lets the guest run from boot. The record that allows it is durable beside the images first.

@@ -300,7 +300,12 @@ impl Conductor {
         match loss(&event) {
             // Each side says goodbye to what it was, once the new session stands.
             Some("goodbye") if self.turning.is_some() => Ok(()),
-            Some(how) => self.peer_lost(how.into()),
+            Some(how) => {
+                self.peer_died = event.kind == LinkEventKind::DeathNotice;
+                let lost = self.peer_lost(how.into());
+                self.peer_died = false;
+                lost
+            }
             None => Ok(()),
         }
     }

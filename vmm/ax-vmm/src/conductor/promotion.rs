@@ -1,9 +1,9 @@
 //! From shadow to running guest.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ax_api::process::What;
+use ax_api::process::{PromotionParts, What};
 use ax_wire::record::{Record, State};
 use io_barrier::{Gate, Grant, SoloGrant};
 use statepoint::pair::{Event, Phase};
@@ -13,6 +13,58 @@ use crate::error::Error;
 use crate::faults::Standing;
 use crate::guest::Part;
 use crate::shadowing::Shadowing;
+
+/// A step of a promotion that is behind it.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step {
+    /// Every acknowledged epoch is applied and durable on the disks.
+    Applied,
+    /// The machine is restored.
+    Restored,
+    /// The arbiter is asked.
+    Asked,
+    /// It has granted, and that is written down.
+    Granted,
+    /// The disks' generation is durable.
+    Durable,
+    /// The guest runs.
+    Started,
+}
+
+/// When each step of a promotion was taken last.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Steps([Option<Instant>; 6]);
+
+impl Steps {
+    /// The step is taken now.
+    pub(super) fn reached(&mut self, step: Step) {
+        if let Some(at) = self.0.get_mut(step as usize) {
+            *at = Some(Instant::now());
+        }
+    }
+
+    /// What the time from the notice to the first output consists of. A step that was not taken, or was taken
+    /// before the notice, took no time.
+    fn parts(&self, noticed: Instant, shown: Instant) -> PromotionParts {
+        let mut before = noticed;
+        let mut part = |at: Option<Instant>| {
+            let at = at.map_or(before, |at| at.max(before));
+            let part = at.saturating_duration_since(before);
+            before = at;
+            u64::try_from(part.as_micros()).unwrap_or(u64::MAX)
+        };
+        let [applied, restored, asked, granted, durable, started] = self.0;
+        PromotionParts {
+            apply: part(applied),
+            restore: part(restored),
+            permission: part(asked),
+            grant: part(granted),
+            disks: part(durable),
+            start: part(started),
+            release: part(Some(shown)),
+        }
+    }
+}
 
 impl Conductor {
     /// Everything of a promotion that needs no grant: finish applying, make the disks durable, restore
@@ -24,6 +76,7 @@ impl Conductor {
             .finish()
             .ok_or("no committed epoch is wholly applied")?;
         shadowing.replica.settle().map_err(|e| e.to_string())?;
+        self.promotion.reached(Step::Applied);
         if self.part() == Part::Disks {
             // The guest was put in place for its boot when this process began.
             self.last_epoch = committed.epoch;
@@ -46,6 +99,7 @@ impl Conductor {
         self.parts.log.record(protected);
         self.last_epoch = committed.epoch;
         self.prepared = Some(committed);
+        self.promotion.reached(Step::Restored);
         Ok(())
     }
 
@@ -73,10 +127,13 @@ impl Conductor {
             .replica
             .promote(record.generation)
             .map_err(|e| e.to_string())?;
+        self.promotion.reached(Step::Durable);
         self.parts.taps.open().map_err(|e| e.to_string())?;
         // From the first instruction on: a disk that fails then keeps its request until more is known.
         self.parts.faults.stand(Standing::Mirrored);
-        self.parts.machine.lock().start().map_err(|e| e.to_string())
+        let started = self.parts.machine.lock().start();
+        self.promotion.reached(Step::Started);
+        started.map_err(|e| e.to_string())
     }
 
     /// Outputs pass, after a promotion or without one.
@@ -114,13 +171,13 @@ impl Conductor {
             crate::parts::give(handle, nic, frame);
         });
         self.board.follows(None);
-        let took = self
-            .lost_at
-            .take()
-            .map_or(0, |at| at.elapsed().as_micros() as u64);
+        let (noticed, now) = (self.lost_at.take(), Instant::now());
+        let took = |at: Instant| now.saturating_duration_since(at).as_micros() as u64;
+        let parts = |at| self.promotion.parts(at, now);
         self.events.tell(What::Promoted {
             epoch: committed.0,
-            took_us: took,
+            took_us: noticed.map_or(0, took),
+            parts_us: noticed.map(parts).unwrap_or_default(),
         });
         // A power output may have left the old primary, which died before it did what it says.
         self.act_on_power();
@@ -183,5 +240,29 @@ impl Conductor {
         {
             tracing::warn!(%error, "announcements are not repeated");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_promotion_make_up_the_whole_of_it() {
+        let noticed = Instant::now();
+        let at = |ms| Some(noticed + Duration::from_millis(ms));
+        let before = noticed.checked_sub(Duration::from_secs(1));
+        let steps = Steps([at(2), at(3), at(6), None, before, at(10)]);
+        let parts = steps.parts(noticed, noticed + Duration::from_millis(11));
+        let expected = PromotionParts {
+            apply: 2000,
+            restore: 1000,
+            permission: 3000,
+            grant: 0,
+            disks: 0,
+            start: 4000,
+            release: 1000,
+        };
+        assert_eq!(parts, expected);
     }
 }
