@@ -125,6 +125,14 @@ pub async fn status(socket: &Path) -> std::io::Result<Status> {
 /// # Errors
 /// It refused ([`Code::State`]) or did not answer in time.
 pub async fn order(socket: &Path, request: &Request, patience: Duration) -> Result<(), Failure> {
+    ask(socket, request, patience).await.map(drop)
+}
+
+/// Asks the process at `socket` and returns its answer; a refusal is an error.
+///
+/// # Errors
+/// As [`order`].
+pub async fn ask(socket: &Path, request: &Request, patience: Duration) -> Result<Reply, Failure> {
     let answer = async { Connection::open(socket).await?.ask(request, patience).await };
     match answer.await {
         Ok(Reply::Refused { why }) if why.starts_with(NO_REQUEST) => Err(Failure::new(
@@ -135,7 +143,7 @@ pub async fn order(socket: &Path, request: &Request, patience: Duration) -> Resu
             ),
         )),
         Ok(Reply::Refused { why }) => Err(Failure::new(Code::State, why)),
-        Ok(_) => Ok(()),
+        Ok(reply) => Ok(reply),
         Err(e) => Err(Failure::io("the VM's process does not answer", &e)),
     }
 }

@@ -557,6 +557,7 @@ impl Daemon {
                 self.tell_events(vm, follow, both, tell).await?;
                 done(String::new())
             }
+            Request::Trace { .. } | Request::Stats { .. } => self.epochs_of(request, asker).await,
             Request::Console { .. } => Err(Failure::new(
                 Code::Failed,
                 "a console needs a connection of its own",

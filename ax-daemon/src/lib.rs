@@ -20,7 +20,7 @@
 //!   [`home`]: back to the host it prefers.
 //!   [`mode`]: another protection for one that runs. [`ha`]: restarted
 //!   here, and room for those of the other host. [`stop`]: the guest is asked first. [`ops`]: the rest.
-//!   [`console`], [`events`], [`autostart`]. [`maintenance`]: the hosts, and one out of service; [`drain`]: one about to be shut down. [`word`]: what this host says of a pair's record.
+//!   [`console`], [`events`], [`epochs`], [`autostart`]. [`maintenance`]: the hosts, and one out of service; [`drain`]: one about to be shut down. [`word`]: what this host says of a pair's record.
 //! - [`server`], [`peer`]: where requests come in, and go out to the other host.
 //! - [`run`], [`pair`], [`witness`], [`selfcheck`]: the program's subcommands.
 
@@ -32,6 +32,7 @@ pub mod control;
 pub mod daemon;
 pub mod define;
 pub mod drain;
+pub mod epochs;
 pub mod events;
 pub mod failure;
 pub mod ha;

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::process::What;
 pub use crate::report::{HostReport, PeerReport, ProcessReport, State, VmReport};
+use crate::trace::{StatsReport, TraceReport};
 use crate::units::{Bytes, Mac};
 use crate::vm::{Boot, DirtySource, Mode, OnError, Preferred, Secondary, Vm};
 
@@ -238,6 +239,20 @@ pub enum Request {
         /// The other host's too.
         both_hosts: bool,
     },
+    /// Records of its last epochs, wherever its primary is. Answered by [`Reply::Trace`].
+    Trace {
+        /// Its name.
+        name: String,
+        /// First record wanted, from 1.
+        since: u64,
+        /// Most of them; there are never more than [`MOST_RECORDS`](crate::trace::MOST_RECORDS).
+        most: u32,
+    },
+    /// What was counted of its epochs. Answered by [`Reply::Stats`].
+    Stats {
+        /// Its name.
+        name: String,
+    },
 }
 
 /// Why a request failed: the exit code of axvm.
@@ -404,6 +419,16 @@ pub enum Reply {
         /// Offset of the next byte in the guest's whole console stream. A reader that counts on and
         /// asks again from there after a failover sees each byte once.
         offset: u64,
+    },
+    /// To [`Request::Trace`].
+    Trace {
+        /// The records.
+        trace: Box<TraceReport>,
+    },
+    /// To [`Request::Stats`].
+    Stats {
+        /// The figures.
+        stats: Box<StatsReport>,
     },
     /// Not done.
     Failed {

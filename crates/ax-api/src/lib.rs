@@ -4,6 +4,7 @@
 //! - [`process`]: what axd hands one `ax-vmm` process, and how they talk afterwards.
 //! - [`host`]: what axvm asks axd, and one axd the other.
 //! - [`report`]: how a VM is, taken over both hosts.
+//! - [`trace`]: what a protected VM's process tells of its epochs.
 //! - [`check`]: what a check of a host found.
 //! - [`units`]: sizes and hardware addresses as people write them.
 //!
@@ -14,6 +15,7 @@ pub mod check;
 pub mod host;
 pub mod process;
 pub mod report;
+pub mod trace;
 pub mod units;
 pub mod vm;
 

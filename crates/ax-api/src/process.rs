@@ -18,6 +18,7 @@ use ax_wire::word::{Answer, Letter};
 use ax_wire::{Generation, Incarnation, MachineId, Side};
 use serde::{Deserialize, Serialize};
 
+use crate::trace::{StatsReport, TraceReport};
 use crate::vm::{Mode, Vm};
 
 /// How a process begins.
@@ -446,6 +447,15 @@ pub enum Request {
         /// First byte wanted, counted from the guest's first byte, across failovers (rule 8).
         from: Option<u64>,
     },
+    /// Primary: records of your last epochs. Answered by [`Reply::Trace`].
+    Trace {
+        /// First record wanted, from 1.
+        since: u64,
+        /// Most of them; there are never more than [`MOST_RECORDS`](crate::trace::MOST_RECORDS).
+        most: u32,
+    },
+    /// Primary: what you have counted of your epochs. Answered by [`Reply::Stats`].
+    Stats,
 }
 
 /// How the refusal begins of a line that is no [`Request`], or none that the process's build knows.
@@ -475,6 +485,10 @@ pub enum Reply {
         /// What this host says.
         answer: Box<Answer>,
     },
+    /// To [`Request::Trace`].
+    Trace(Box<TraceReport>),
+    /// To [`Request::Stats`].
+    Stats(Box<StatsReport>),
     /// Not done; nothing has changed.
     Refused {
         /// What was wrong and what to do.

@@ -15,6 +15,7 @@ Examples:
   axvm set-mode web none
   axvm host maintenance on && poweroff
   axvm console web
+  axvm top web
 
 Exit codes:
   0   done
@@ -39,7 +40,7 @@ pub struct Cli {
     /// axd's socket [default: $AX_SOCKET, or /run/axd/axd.sock].
     #[arg(long, global = true, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// How to print.
+    /// How to print; perfetto (for ui.perfetto.dev) is for `axvm trace` alone.
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Text)]
     pub output: Output,
     #[command(subcommand)]
@@ -50,6 +51,7 @@ pub struct Cli {
 pub enum Output {
     Text,
     Json,
+    Perfetto,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -130,6 +132,23 @@ pub struct VmArgs {
     /// Check the shadow's whole memory with every N-th epoch (slow).
     #[arg(long, value_name = "N")]
     pub verify_every: Option<u32>,
+}
+
+/// Which epochs.
+#[derive(Debug, Args)]
+pub struct TraceArgs {
+    /// The VM's name.
+    pub name: String,
+    /// The last COUNT epochs [default: 20]; 4096 are remembered.
+    #[arg(short = 'n', long, value_name = "COUNT", conflicts_with = "seconds",
+        value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub count: Option<u64>,
+    /// Those of the next S seconds.
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub seconds: Option<u64>,
+    /// Each as it comes, one a line, until Ctrl-C or for --seconds.
+    #[arg(short, long)]
+    pub follow: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -315,6 +334,44 @@ Examples:
         /// Only this host's.
         #[arg(long)]
         this_host: bool,
+    },
+    /// A VM's epochs, live: how often, how long the guest stands still, how long outputs wait. 'q' leaves.
+    ///
+    /// Figures are of the last second. It follows the VM from host to host. Needs a terminal; `axvm stats` is for
+    /// programs.
+    Top {
+        /// Its name.
+        name: String,
+    },
+    /// A VM's epochs one by one: why each ended, when each step of it was done, what it carried.
+    ///
+    /// Times in the table are microseconds. In JSON they are nanoseconds since the epoch's first kick (`began_ns`, of
+    /// the host's CLOCK_BOOTTIME), and null for what has not happened. Exit code 7 says that there are none: nothing
+    /// protects the VM.
+    #[command(after_help = "\
+Examples:
+  axvm trace web                                     the last 20 epochs, as a table
+  axvm trace web -f                                  each as it comes
+  axvm trace web -n 1000 -o json                     the last 1000, for a program
+  axvm trace web --seconds 10 -o perfetto > t.json   ten seconds, for https://ui.perfetto.dev")]
+    Trace {
+        #[command(flatten)]
+        args: TraceArgs,
+    },
+    /// What was counted of a VM's epochs since its present shadow follows it: histograms, why epochs ended.
+    ///
+    /// Exit code 7 says that there is nothing: nothing protects the VM.
+    #[command(after_help = "\
+Examples:
+  axvm stats web                  a table of percentiles
+  axvm stats web --seconds 10     of the next ten seconds alone
+  axvm stats web -o json          every bucket: [largest value, count], times in nanoseconds")]
+    Stats {
+        /// Its name.
+        name: String,
+        /// Only what is counted in the next S seconds.
+        #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3600))]
+        seconds: Option<u64>,
     },
     /// Versions of axvm and axd.
     Version,

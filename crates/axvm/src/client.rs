@@ -26,9 +26,18 @@ impl Failure {
             why: why.into(),
         }
     }
+
+    /// axd gave an answer that does not belong to its question.
+    pub fn unexpected(reply: &Reply) -> Failure {
+        Failure::new(
+            Code::Failed,
+            format!("axd gave an unexpected answer: {reply:?}"),
+        )
+    }
 }
 
 /// The way to axd.
+#[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
 }

@@ -3,6 +3,7 @@
 //! - [`cli`]: the words and options. [`describe`]: from them, or a file, to a VM.
 //! - [`client`]: one request to axd and its answer, blocking. [`console`]: raw bytes.
 //! - [`show`]: answers as text or JSON.
+//! - [`trace`], [`stats`], [`top`]: a VM's epochs.
 //!
 //! It decides nothing: axd does, on whichever host the VM runs, so it may be typed on either.
 
@@ -12,6 +13,9 @@ mod console;
 mod describe;
 mod hosts;
 mod show;
+mod stats;
+mod top;
+mod trace;
 
 use std::process::ExitCode;
 
@@ -36,6 +40,10 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
     let client = Client::new(cli.socket);
+    if cli.output == Output::Perfetto && !matches!(cli.command, Command::Trace { .. }) {
+        let why = "-o perfetto is for `axvm trace` only";
+        return Err(Failure::new(Code::Usage, why));
+    }
     let request = match cli.command {
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "axvm", &mut std::io::stdout());
@@ -49,6 +57,18 @@ fn run(cli: Cli, show: &Show) -> Result<ExitCode, Failure> {
         }
         Command::Console { name } => {
             console::run(&client, &name)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Top { name } => {
+            top::run(&client, &name, cli.output)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Trace { args } => {
+            trace::run(&client, &args, cli.output, show)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Stats { name, seconds } => {
+            stats::run(&client, &name, seconds, cli.output, show)?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::List { check } => {

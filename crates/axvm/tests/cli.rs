@@ -11,8 +11,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use ax_api::host::{Code, PeerReport, Reply, Request, State, VmReport};
+use ax_api::trace::{EpochRecord, Origin, TraceReport};
 use ax_api::vm::{Boot, DirtySource, Mode, Vm};
 
 /// An axd that answers each connection with the next lines of its script, and tells what was asked.
@@ -127,6 +129,8 @@ fn the_help_is_as_it_was() {
         ("help.txt", &["--help"][..]),
         ("start-help.txt", &["start", "--help"]),
         ("stop-help.txt", &["stop", "--help"]),
+        ("stats-help.txt", &["stats", "--help"]),
+        ("trace-help.txt", &["trace", "--help"]),
     ] {
         let (code, text, _) = told(&axvm(args).output().unwrap());
         assert_eq!(code, 0);
@@ -200,6 +204,12 @@ fn no_axd_and_bad_usage_say_what_to_do() {
         &["define"],
         &["autostart", "web", "maybe"],
         &["frobnicate"],
+        &["top", "web"],
+        &["trace", "web", "-n", "0"],
+        &["trace", "web", "-n", "5", "--seconds", "2"],
+        &["trace", "web", "--follow", "-o", "perfetto"],
+        &["list", "-o", "perfetto"],
+        &["stats", "web", "-o", "perfetto"],
         &[],
     ] {
         let mut command = axvm(args);
@@ -262,6 +272,110 @@ fn list_prints_a_table_or_json_and_checks() {
     assert_eq!(json["vms"][1]["vm"]["name"], "db");
     assert_eq!(json["vms"][1]["state"], "degraded");
     assert_eq!(json["peer"]["reachable"], false);
+}
+
+#[test]
+fn a_trace_is_read_from_where_it_is_to_begin() {
+    let report = |numbers: std::ops::Range<u64>, end| {
+        let record = |number| EpochRecord {
+            number,
+            epoch: number + 100,
+            ..EpochRecord::default()
+        };
+        let trace = TraceReport {
+            of: Origin {
+                host: "alpha".into(),
+                incarnation: ax_wire::Incarnation(7),
+                engine_ns: 5,
+            },
+            next: numbers.end,
+            end,
+            records: numbers.map(record).collect(),
+        };
+        vec![Reply::Trace {
+            trace: Box::new(trace),
+        }]
+    };
+    let script = vec![report(9..9, 9), report(6..7, 9), report(6..9, 9)];
+    let axd = Scripted::new(script);
+    let (code, out, err) = axd.axvm(&["trace", "web", "-n", "3", "-o", "json"]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let records = json["records"].as_array().unwrap();
+    let epochs: Vec<_> = records
+        .iter()
+        .map(|r| r["epoch"].as_u64().unwrap())
+        .collect();
+    assert_eq!((epochs, &json["missed"]), (vec![106, 107, 108], &0.into()));
+    let asked = || match axd.asked() {
+        Request::Trace { name, since, most } if name == "web" => (since, most),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        [asked(), asked(), asked()],
+        [(u64::MAX, 0), (6, 1), (6, 1000)]
+    );
+    let (_, _, err) = told(&axvm(&["top", "web"]).output().unwrap());
+    assert!(err.contains("axvm stats web"), "{err}");
+}
+
+#[test]
+fn top_draws_on_a_terminal_and_leaves_it_as_it_was() {
+    use nix::pty::{Winsize, openpty};
+    use nix::sys::termios::tcgetattr;
+    let size = Winsize {
+        ws_row: 24,
+        ws_col: 80,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    for leave in [&b"q"[..], b"\x03"] {
+        let shown = || {
+            let vm = Box::new(report("web", State::Protected, true));
+            vec![Reply::Vm { vm }]
+        };
+        let without = || {
+            vec![Reply::Failed {
+                code: Code::State,
+                why: "web has no epochs".into(),
+            }]
+        };
+        let axd = Scripted::new((0..20).flat_map(|_| [shown(), without()]).collect());
+        let pty = openpty(&size, None).unwrap();
+        let before = tcgetattr(&pty.slave).unwrap();
+        let end = || Stdio::from(pty.slave.try_clone().unwrap());
+        let mut command = axvm(&["top", "web"]);
+        command.stdin(end()).stdout(end()).stderr(end());
+        command.env("AX_SOCKET", axd.socket()).env("TERM", "xterm");
+        let mut top = command.spawn().unwrap();
+        let mut master = std::fs::File::from(pty.master);
+        let mut keys = master.try_clone().unwrap();
+        let (to, pieces) = channel();
+        std::thread::spawn(move || {
+            let mut piece = [0; 4096];
+            while let Ok(n @ 1..) = master.read(&mut piece) {
+                let _ = to.send(piece[..n].to_vec());
+            }
+        });
+        let mut screen = Vec::new();
+        let mut until = |wanted: &str| {
+            while !String::from_utf8_lossy(&screen).contains(wanted) {
+                let piece = pieces.recv_timeout(Duration::from_secs(20));
+                screen.extend(piece.unwrap_or_else(|e| {
+                    let screen = String::from_utf8_lossy(&screen);
+                    panic!("{e}: no {wanted:?} in {screen:?}")
+                }));
+            }
+        };
+        // Blanks are not drawn anew.
+        until("epochs");
+        let raw = tcgetattr(&pty.slave).unwrap();
+        assert_ne!(raw, before, "keys come as they are typed");
+        keys.write_all(leave).unwrap();
+        until("\x1b[?1049l");
+        assert!(top.wait().unwrap().success());
+        assert_eq!(tcgetattr(&pty.slave).unwrap(), before);
+    }
 }
 
 #[test]

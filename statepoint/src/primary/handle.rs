@@ -80,6 +80,7 @@ pub(super) struct Shared {
     pub trigger: Trigger,
     pub barrier: Arc<Barrier>,
     pub clock: Arc<dyn Clock>,
+    pub made_ns: u64,
     pub counters: Counters,
     pub trace: Trace,
     /// First record of the trace whose outputs have not all left.
@@ -124,6 +125,7 @@ impl Shared {
         Shared {
             trigger: Trigger::default(),
             barrier,
+            made_ns: clock.now_ns(),
             clock,
             counters: Counters::default(),
             trace: Trace::default(),
@@ -346,6 +348,16 @@ impl PrimaryHandle {
     /// Times and counts since the engine was made.
     pub fn stats(&self) -> Snapshot {
         self.reading().since(None)
+    }
+
+    /// When the engine was made, nanoseconds of its clock.
+    pub fn made_ns(&self) -> u64 {
+        self.shared.made_ns
+    }
+
+    /// Now by the engine's clock, nanoseconds.
+    pub fn now_ns(&self) -> u64 {
+        self.shared.clock.now_ns()
     }
 
     /// Every histogram and counter.

@@ -5,11 +5,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ax_api::process::{DiskSync, PathReport, PathState, PauseParts, Phase, Role, Spec, Status};
+use ax_api::process::{
+    DiskSync, PathReport, PathState, PauseParts, Phase, Reply, Request, Role, Spec, Status,
+};
 use ax_api::vm::Mode;
 use ax_wire::{Generation, Incarnation};
 use parking_lot::Mutex;
-use statepoint::primary::PrimaryHandle;
 use statepoint::shadow::ShadowHandle;
 use statepoint::stats::{Reading, Snapshot, Summary};
 
@@ -192,12 +193,27 @@ impl Board {
         let seconds = at.elapsed().as_secs_f64().max(0.001);
         facts.rate = epoch.saturating_sub(before) as f64 / seconds;
         facts.sample = (Instant::now(), epoch);
-        let mut reading = None;
-        self.bell.with(|engine| reading = Some(engine.reading()));
-        match reading {
-            Some(reading) => facts.note(Instant::now(), reading),
+        match self.bell.engine() {
+            Some(engine) => facts.note(Instant::now(), engine.reading()),
             None => facts.readings.clear(),
         }
+    }
+
+    /// The answer to a question about the epochs: there are some while a shadow follows this process.
+    pub fn epochs(&self, request: &Request) -> Reply {
+        if let Some(engine) = self.bell.engine() {
+            return crate::epochs::answer(&engine, self.incarnation, request);
+        }
+        let (name, mode) = (&self.spec.vm.name, self.facts.lock().mode);
+        let why = match mode {
+            Mode::None => format!(
+                "{name} has no epochs: it runs unprotected, as its mode says; `axvm set-mode {name} ft` protects it"
+            ),
+            _ => format!(
+                "{name} has no epochs now: no shadow follows it; `axvm show {name}` tells why"
+            ),
+        };
+        Reply::Refused { why }
     }
 
     /// How things are.
@@ -230,7 +246,7 @@ impl Board {
             oldest_held_us: 0,
             paths: (facts.paths)().iter().map(report).collect(),
         };
-        self.bell.with(|engine: &PrimaryHandle| {
+        if let Some(engine) = self.bell.engine() {
             let (past, span) = facts.recent(&engine.reading());
             let micros = |s: Summary| [s.p50 / 1000, s.p99 / 1000];
             status.pause_us = micros(past.pause_ns);
@@ -253,7 +269,7 @@ impl Board {
                 status.link_bytes_per_second = (past.bytes as f64 / seconds) as u64;
             }
             status.oldest_held_us = engine.progress().oldest_held_ns / 1000;
-        });
+        }
         status
     }
 }

@@ -41,6 +41,8 @@ pub type TypeIn = Box<dyn Fn(&[u8]) + Send + Sync>;
 pub struct Boards {
     /// Says how things are now.
     pub status: Box<dyn Fn() -> Status + Send + Sync>,
+    /// Answers what is asked of the epochs ([`Request::Trace`], [`Request::Stats`]).
+    pub epochs: Box<dyn Fn(&Request) -> Reply + Send + Sync>,
     /// What happened.
     pub events: Arc<Events>,
     /// The guest's console, released bytes only.
@@ -129,6 +131,9 @@ fn connection(mut stream: UnixStream, boards: &Boards) -> std::io::Result<()> {
         match request {
             Request::Status => {
                 send(&mut stream, &Reply::Status(Box::new((boards.status)())))?;
+            }
+            Request::Trace { .. } | Request::Stats => {
+                send(&mut stream, &(boards.epochs)(&request))?;
             }
             Request::Subscribe { since } => return subscription(stream, boards, since),
             Request::Console { from } => return console(stream, reader, boards, from),
@@ -229,6 +234,7 @@ mod tests {
                 oldest_held_us: 0,
                 paths: Vec::new(),
             }),
+            epochs: Box::new(|_| Reply::Done),
             events: Events::new(),
             console: Console::new(),
             type_in: Box::new(|_| {}),

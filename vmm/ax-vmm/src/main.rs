@@ -13,6 +13,7 @@ mod conductor;
 mod console;
 mod control;
 mod disks;
+mod epochs;
 mod error;
 mod events;
 mod faults;

@@ -48,6 +48,11 @@ impl EngineBell {
         *self.0.lock() = engine;
     }
 
+    /// The engine, if there is one: for what takes longer than a device should wait.
+    pub fn engine(&self) -> Option<PrimaryHandle> {
+        self.0.lock().clone()
+    }
+
     /// Does something with the engine, if there is one.
     pub fn with(&self, act: impl FnOnce(&PrimaryHandle)) {
         if let Some(engine) = &*self.0.lock() {

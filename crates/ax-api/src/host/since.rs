@@ -60,6 +60,7 @@ impl Since for Request {
             | Request::Drain { .. }
             | Request::Kill { .. }
             | Request::Events { .. } => Version::FIRST,
+            Request::Trace { .. } | Request::Stats { .. } => Version::SECOND,
         }
     }
 
@@ -85,6 +86,8 @@ impl Since for Request {
             Request::Drain { .. } => "drain",
             Request::Kill { .. } => "kill",
             Request::Events { .. } => "events",
+            Request::Trace { .. } => "trace",
+            Request::Stats { .. } => "stats",
         }
     }
 }

@@ -168,8 +168,10 @@ impl Conductor {
             self.sender.clone(),
             self.parts.handle.clone(),
         );
+        let of_epochs = Arc::clone(&self.board);
         let boards = Boards {
             status: Box::new(move || board.status()),
+            epochs: Box::new(move |request| of_epochs.epochs(request)),
             events: Arc::clone(&self.events),
             console: Arc::clone(&self.parts.console),
             type_in: Box::new(move |bytes| {
