@@ -10,6 +10,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use common::{GUEST, PATIENCE, alone, at, eventually};
 use probe_guest::port;
@@ -20,6 +21,9 @@ use testkit::{require_kvm, require_lab};
 const IPV4: u16 = 0x0800;
 /// Bytes echoed before the host dies, and after: a few windows of the guest's sockets.
 const SOME: u64 = 1 << 17;
+
+/// Bytes sent before others have come back: several windows of the guest's sockets.
+const AHEAD: u64 = 64 << 10;
 
 /// The `n`-th byte of what is sent.
 fn byte(n: u64) -> u8 {
@@ -44,6 +48,7 @@ impl Bulk {
         let (back, stop) = <(Arc<AtomicU64>, Arc<AtomicBool>)>::default();
         let mut input = stream.try_clone().unwrap();
         let (seen, ending) = (Arc::clone(&back), Arc::clone(&stop));
+        let so_far = Arc::clone(&back);
         let reader = thread::spawn(move || {
             let (mut at, mut room) = (0, vec![0; 64 << 10]);
             loop {
@@ -61,7 +66,12 @@ impl Bulk {
         let writer = thread::spawn(move || {
             let (mut at, mut output) = (0u64, stream);
             while !ending.load(Ordering::SeqCst) {
-                let piece: Vec<u8> = (at..at + (32 << 10)).map(byte).collect();
+                // What is sent at the end must come back yet: not all that the socket would buffer.
+                if at > so_far.load(Ordering::SeqCst) + AHEAD {
+                    thread::sleep(Duration::from_micros(200));
+                    continue;
+                }
+                let piece: Vec<u8> = (at..at + (8 << 10)).map(byte).collect();
                 output.write_all(&piece).unwrap();
                 at += piece.len() as u64;
             }
