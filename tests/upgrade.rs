@@ -114,6 +114,12 @@ fn hosts_and_witness_are_upgraded_one_after_the_other_and_no_client_can_tell() {
     fail_over(&site, Side::B);
     clients.go_on(200);
     clients.are_content();
+    // The guest has kept the hardware that it had; a new one gets what both builds know.
+    let nic = |vm| site.run_axvm(Side::A, &["show", vm]).unwrap();
+    assert!(!nic("vm").contains(", offload"), "{}", nic("vm"));
+    let new = ["define", "new", "--probe", "--net", "tap=axtap1"];
+    order(&site, Side::A, &new);
+    assert!(nic("new").contains(", offload"), "{}", nic("new"));
 }
 
 #[test]
@@ -129,6 +135,9 @@ fn an_upgrade_is_taken_back_and_hosts_die_meanwhile() {
     ];
     order(&site, Side::A, &other);
     until_protected(&site, "other");
+    let new = ["define", "x", "--probe", "--net", "tap=axtap1,offload=on"];
+    let (_, _, why) = axvm(&site, Side::A, &new);
+    assert!(why.contains("upgrade the older host"), "{why}");
     let clients = Clients::start(&site);
     // From the new build to the old one, which knows nothing of "show", and back.
     fail_over(&site, Side::B);

@@ -36,10 +36,16 @@ pub fn random<const N: usize>() -> Result<[u8; N], Failure> {
 }
 
 /// The definition of `new`. What it leaves open is taken from `known`, its present definition, or made.
+/// `offload` is why network devices can't have offloads, if they can't.
 ///
 /// # Errors
-/// A limit is broken, or an image without a size is not there.
-pub fn resolve(new: &NewVm, known: Option<&Vm>, config: &Config) -> Result<Vm, Failure> {
+/// A limit is broken, an image without a size is not there, or an offload is asked for that can't be.
+pub fn resolve(
+    new: &NewVm,
+    known: Option<&Vm>,
+    config: &Config,
+    offload: &Result<(), String>,
+) -> Result<Vm, Failure> {
     let mut disks = Vec::with_capacity(new.disks.len());
     for disk in &new.disks {
         let before = known.and_then(|vm| vm.disks.iter().find(|d| d.path == disk.path));
@@ -60,7 +66,17 @@ pub fn resolve(new: &NewVm, known: Option<&Vm>, config: &Config) -> Result<Vm, F
     }
     let mut nics = Vec::with_capacity(new.nics.len());
     for (i, nic) in new.nics.iter().enumerate() {
-        let mac = match (nic.mac, known.and_then(|vm| vm.nics.get(i))) {
+        let before = known.and_then(|vm| vm.nics.get(i));
+        let offload = match (nic.offload, before, offload) {
+            (Some(true), _, Err(why)) => {
+                let why = format!("tap {}: no offload: {why}", nic.tap);
+                return Err(Failure::new(Code::Usage, why));
+            }
+            (Some(asked), ..) => asked,
+            (None, Some(before), _) => before.offload,
+            (None, None, can) => can.is_ok(),
+        };
+        let mac = match (nic.mac, before) {
             (Some(mac), _) => mac.0,
             (None, Some(before)) => before.mac,
             (None, None) => {
@@ -71,6 +87,7 @@ pub fn resolve(new: &NewVm, known: Option<&Vm>, config: &Config) -> Result<Vm, F
         nics.push(Nic {
             tap: nic.tap.clone(),
             mac,
+            offload,
         });
     }
     let vm = Vm {
@@ -265,6 +282,7 @@ mod tests {
             nics: vec![NewNic {
                 tap: "tap0".into(),
                 mac: None,
+                offload: None,
             }],
             autostart: false,
             dirty: DirtySource::Auto,
@@ -276,7 +294,35 @@ mod tests {
     fn resolve(new: &NewVm, known: Option<&Vm>) -> Result<Vm, Failure> {
         let config =
             crate::config::parse("name = \"a\"\ndata_dir = \"/nowhere\"", Path::new("t"), 1);
-        super::resolve(new, known, &config.unwrap())
+        super::resolve(new, known, &config.unwrap(), &Ok(()))
+    }
+
+    #[test]
+    fn offloads_are_there_if_both_hosts_can_and_stay_as_they_were() {
+        let config =
+            crate::config::parse("name = \"a\"\ndata_dir = \"/nowhere\"", Path::new("t"), 1);
+        let config = config.unwrap();
+        let old = Err("host b is too old".to_owned());
+        let mut wanted = new();
+        let of = |wanted: &NewVm, known, can| {
+            super::resolve(wanted, known, &config, can).map(|vm| vm.nics[0].offload)
+        };
+        assert!(of(&wanted, None, &Ok(())).unwrap());
+        assert!(!of(&wanted, None, &old).unwrap());
+        let known = super::resolve(&wanted, None, &config, &old).unwrap();
+        assert!(!of(&wanted, Some(&known), &Ok(())).unwrap());
+        wanted.nics[0].offload = Some(true);
+        assert!(of(&wanted, Some(&known), &Ok(())).unwrap());
+        let refused = of(&wanted, None, &old).unwrap_err();
+        assert_eq!(refused.code, Code::Usage);
+        assert!(refused.why.contains("tap0") && refused.why.contains("host b is too old"));
+        wanted.nics[0].offload = Some(false);
+        assert!(!of(&wanted, None, &Ok(())).unwrap());
+        // An axd from before them refuses a definition that says anything of them.
+        let said = |vm: &Vm| toml::to_string(vm).unwrap().contains("offload");
+        assert!(!said(&known));
+        let can = super::resolve(&new(), None, &config, &Ok(())).unwrap();
+        assert!(said(&can));
     }
 
     #[test]

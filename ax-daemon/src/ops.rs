@@ -24,7 +24,7 @@ impl Daemon {
     pub async fn define(self: &Arc<Self>, new: &NewVm, tell: &Tell) -> Result<(), Failure> {
         let _claim = self.claim(&new.name).await?;
         let known = self.store.vm(&new.name).ok();
-        let vm = define::resolve(new, known.as_ref(), &self.config)?;
+        let vm = define::resolve(new, known.as_ref(), &self.config, &self.offload().await)?;
         if let Some(known) = &known {
             if *known == vm {
                 return Ok(());

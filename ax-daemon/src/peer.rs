@@ -11,6 +11,7 @@ use std::time::Duration;
 use ax_api::host::{Code, MAX_LINE, PeerReport, PeerRequest, ProcessReport, Reply, Request};
 use ax_api::report::HostPath;
 use ax_link::{AddressPair, Connector, HostName, Preamble, Security, Stream};
+use ax_wire::Version;
 use ax_wire::version::Lacks;
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -43,6 +44,8 @@ pub struct PeerLink {
     again: Connector,
     /// What was last known of it: reachable, or why not. None before the first try.
     state: Mutex<Option<Result<(), String>>>,
+    /// The wire version of the latest connection; none before the first.
+    spoken: Mutex<Option<Version>>,
     /// Each of its addresses, how it is and the way there.
     paths: Vec<(Mutex<Path>, Connector)>,
 }
@@ -67,6 +70,7 @@ impl PeerLink {
             connector,
             again,
             state: Mutex::new(None),
+            spoken: Mutex::new(None),
             paths: ways
                 .map(|(address, way)| (Mutex::new(Path::new(address)), way))
                 .collect(),
@@ -127,6 +131,11 @@ impl PeerLink {
     /// What was last known: reachable, or why not. None before the first try.
     pub fn state(&self) -> Option<Result<(), String>> {
         self.state.lock().clone()
+    }
+
+    /// The wire version that was last spoken with it; none before the first time.
+    pub fn spoken(&self) -> Option<Version> {
+        *self.spoken.lock()
     }
 
     /// Asks, and waits for the last line of the answer.
@@ -268,6 +277,7 @@ impl PeerLink {
             .and_then(|()| stream.set_write_timeout(Some(SILENCE)))
             .map_err(|e| away(e.to_string()))?;
         let lacks = |e: Lacks| Failure::new(Code::Peer, format!("host {}: {e}", self.name));
+        *self.spoken.lock() = Some(stream.version());
         stream.version().has(request).map_err(lacks)?;
         let mut stream = BufReader::new(stream);
         write_line(stream.get_mut(), request).map_err(|e| away(e.to_string()))?;

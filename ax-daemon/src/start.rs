@@ -86,7 +86,7 @@ impl Daemon {
         let known = self.store.vm(name).ok();
         let (definition, defined) = match (new, known) {
             (Some(new), known) => {
-                let vm = define::resolve(new, known.as_ref(), &self.config)?;
+                let vm = define::resolve(new, known.as_ref(), &self.config, &self.offload().await)?;
                 match known {
                     Some(known) if known == vm => (self.store.get(name)?, false),
                     Some(_) => {

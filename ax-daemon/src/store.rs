@@ -219,6 +219,7 @@ mod tests {
             nics: vec![Nic {
                 tap: "t".into(),
                 mac: [0x52, 0x54, 0, 1, 2, 3],
+                offload: true,
             }],
             autostart: true,
             dirty: DirtySource::Bitmap,

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use ax_api::host::{PeerRequest, Reply};
 use ax_api::process::{Phase, Start};
+use ax_wire::Versions;
+use ax_wire::records::RecordKind;
 
 use crate::daemon::{Asker, Daemon, Tell};
 use crate::failure::Failure;
@@ -42,6 +44,28 @@ impl Daemon {
     pub fn sync_soon(self: &Arc<Self>) {
         let daemon = self.clone();
         tokio::spawn(async move { daemon.share().await });
+    }
+
+    /// Why network devices can't have offloads, if they can't: an other host of an earlier build refuses a
+    /// definition that has them, and could not take over a guest that uses them.
+    pub async fn offload(self: &Arc<Self>) -> Result<(), String> {
+        let headers = RecordKind::FrameWithHeader;
+        let Some(peer) = &self.peer else {
+            let ours = Versions::ours().newest();
+            return ours.has(&headers).map_err(|lacks| lacks.to_string());
+        };
+        if peer.spoken().is_none() {
+            let _ = peer.hello().await;
+        }
+        match peer.spoken() {
+            Some(spoken) => spoken
+                .has(&headers)
+                .map_err(|lacks| format!("host {}: {lacks}", peer.name())),
+            None => Err(format!(
+                "host {} has not answered yet, and may be too old for it",
+                peer.name()
+            )),
+        }
     }
 
     /// Goes on sharing definitions, and notes when the other host comes and goes.

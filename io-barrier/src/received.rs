@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use ax_wire::offload::{HEADER, Packet};
+
 /// Network devices a VM can have.
 pub const MAX_NICS: usize = 8;
 
@@ -13,6 +15,7 @@ struct Entry {
     nic: u8,
     seq: u64,
     arrived_ns: u64,
+    /// Header and frame.
     len: usize,
 }
 
@@ -31,7 +34,7 @@ pub struct ReceivedLog {
 const MAX_ENTRIES: usize = 8192;
 
 impl ReceivedLog {
-    /// Keeps at most `max_bytes` of frames, none older than `max_age_ns`.
+    /// Keeps at most `max_bytes` of frames and their headers, none older than `max_age_ns`.
     pub fn new(max_bytes: usize, max_age_ns: u64) -> ReceivedLog {
         ReceivedLog {
             entries: VecDeque::with_capacity(MAX_ENTRIES),
@@ -64,27 +67,28 @@ impl ReceivedLog {
         }
     }
 
-    /// Remembers frame number `seq` (from 1) of device `nic`, arrived at `now_ns`. A frame already
-    /// given to the guest, out of order, of an unknown device or larger than everything is ignored.
-    pub fn push(&mut self, nic: u8, seq: u64, now_ns: u64, frame: &[u8]) {
+    /// Remembers frame number `seq` (from 1) of device `nic`, arrived at `now_ns`, and its header. A frame
+    /// already given to the guest, out of order, of an unknown device or larger than everything is ignored.
+    pub fn push(&mut self, nic: u8, seq: u64, now_ns: u64, header: &[u8; HEADER], frame: &[u8]) {
         self.tidy(now_ns);
         let entry = Entry {
             nic,
             seq,
             arrived_ns: now_ns,
-            len: frame.len(),
+            len: HEADER + frame.len(),
         };
         let newest = self.entries.iter().rev().find(|e| e.nic == nic);
         if self.is_given(&entry)
             || newest.is_some_and(|e| e.seq >= seq)
-            || frame.len() > self.max_bytes
+            || entry.len > self.max_bytes
         {
             return;
         }
-        while self.bytes.len() + frame.len() > self.max_bytes || self.entries.len() == MAX_ENTRIES {
+        while self.bytes.len() + entry.len > self.max_bytes || self.entries.len() == MAX_ENTRIES {
             self.forget_first();
         }
         self.entries.push_back(entry);
+        self.bytes.extend(header);
         self.bytes.extend(frame);
     }
 
@@ -104,19 +108,22 @@ impl ReceivedLog {
         self.entries.is_empty()
     }
 
-    /// Promotion: hands `give` (nic, frame), in order of arrival, every frame the committed guest
+    /// Promotion: hands `give` (nic, packet), in order of arrival, every frame the committed guest
     /// has not been given and that is young enough, and forgets them all.
-    pub fn drain(&mut self, now_ns: u64, mut give: impl FnMut(u8, &[u8])) {
+    pub fn drain(&mut self, now_ns: u64, mut give: impl FnMut(u8, Packet<'_>)) {
         self.tidy(now_ns);
         self.bytes.make_contiguous();
         let (bytes, _) = self.bytes.as_slices();
         let mut at = 0;
         for entry in &self.entries {
-            let frame = bytes.get(at..at + entry.len).unwrap_or_default();
+            let packet = bytes.get(at..at + entry.len).unwrap_or_default();
             at += entry.len;
             let old = now_ns.saturating_sub(entry.arrived_ns) > self.max_age_ns;
-            if !old && !self.is_given(entry) {
-                give(entry.nic, frame);
+            if !old
+                && !self.is_given(entry)
+                && let Some(packet) = Packet::new(packet)
+            {
+                give(entry.nic, packet);
             }
         }
         self.entries.clear();
@@ -133,17 +140,29 @@ mod tests {
 
     fn drained(log: &mut ReceivedLog, now: u64) -> Vec<(u8, Vec<u8>)> {
         let mut out = vec![];
-        log.drain(now, |nic, frame| out.push((nic, frame.to_vec())));
+        log.drain(now, |nic, packet| {
+            assert_eq!(packet.header(), header(packet.frame()));
+            out.push((nic, packet.frame().to_vec()));
+        });
         out
+    }
+
+    /// Each frame has a header of its own.
+    fn header(frame: &[u8]) -> [u8; HEADER] {
+        [frame.len() as u8; HEADER]
+    }
+
+    fn push(log: &mut ReceivedLog, nic: u8, seq: u64, now: u64, frame: &[u8]) {
+        log.push(nic, seq, now, &header(frame), frame);
     }
 
     #[test]
     fn only_frames_the_guest_has_not_seen_are_given_again() {
         let mut log = ReceivedLog::new(1 << 16, SECOND);
         for seq in 1..=4 {
-            log.push(0, seq, 0, &[seq as u8; 60]);
+            push(&mut log, 0, seq, 0, &[seq as u8; 60]);
         }
-        log.push(1, 1, 0, &[11; 10]);
+        push(&mut log, 1, 1, 0, &[11; 10]);
         let mut given = [0; MAX_NICS];
         given[0] = 2;
         log.committed(&given, 0);
@@ -155,18 +174,18 @@ mod tests {
     #[test]
     fn old_frames_are_forgotten() {
         let mut log = ReceivedLog::new(1 << 16, SECOND);
-        log.push(0, 1, 0, b"old");
-        log.push(0, 2, SECOND, b"young");
+        push(&mut log, 0, 1, 0, b"old");
+        push(&mut log, 0, 2, SECOND, b"young");
         assert_eq!(drained(&mut log, SECOND + 1), vec![(0, b"young".to_vec())]);
     }
 
     #[test]
     fn the_oldest_make_room() {
-        let mut log = ReceivedLog::new(100, SECOND);
+        let mut log = ReceivedLog::new(2 * (HEADER + 40), SECOND);
         for seq in 1..=5 {
-            log.push(0, seq, 0, &[seq as u8; 40]);
+            push(&mut log, 0, seq, 0, &[seq as u8; 40]);
         }
-        log.push(0, 6, 0, &[6; 101]);
+        push(&mut log, 0, 6, 0, &[6; HEADER + 81]);
         assert_eq!(
             drained(&mut log, 0),
             vec![(0, vec![4; 40]), (0, vec![5; 40])]
@@ -176,10 +195,10 @@ mod tests {
     #[test]
     fn hostile_numbers_are_ignored() {
         let mut log = ReceivedLog::new(100, SECOND);
-        log.push(200, 1, 0, b"no such device");
-        log.push(0, 5, 0, b"five");
-        log.push(0, 5, 0, b"again");
-        log.push(0, 4, 0, b"back");
+        push(&mut log, 200, 1, 0, b"no such device");
+        push(&mut log, 0, 5, 0, b"five");
+        push(&mut log, 0, 5, 0, b"again");
+        push(&mut log, 0, 4, 0, b"back");
         assert_eq!(drained(&mut log, 0), vec![(0, b"five".to_vec())]);
     }
 
@@ -194,7 +213,7 @@ mod tests {
             for (nic, len) in frames {
                 seqs[nic as usize] += 1;
                 let seq = seqs[nic as usize];
-                log.push(nic, seq, 0, &vec![seq as u8; len]);
+                push(&mut log, nic, seq, 0, &vec![seq as u8; len]);
                 all.push((nic, seq, vec![seq as u8; len]));
                 prop_assert!(log.len() <= 400);
             }
@@ -204,8 +223,9 @@ mod tests {
             let mut kept = vec![];
             let mut room = 400usize;
             for (nic, seq, bytes) in all.iter().rev() {
-                if room < bytes.len() { break; }
-                room -= bytes.len();
+                let len = HEADER + bytes.len();
+                if room < len { break; }
+                room -= len;
                 if *seq > counts[*nic as usize] { kept.push((*nic, bytes.clone())); }
             }
             kept.reverse();

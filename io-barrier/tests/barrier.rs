@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use ax_wire::offload::{HEADER, NOTHING, Packet};
 use ax_wire::record::{Arbiter, Member, Record as PairRecord, State};
 use ax_wire::records::{Record, RecordKind, Records};
 use ax_wire::{EpochId, Generation, Incarnation, Side};
@@ -54,7 +55,7 @@ impl Wire {
 }
 
 impl OutputSink for Wire {
-    fn frame(&mut self, _nic: u8, frame: &[u8]) {
+    fn frame(&mut self, _nic: u8, _header: &[u8; HEADER], frame: &[u8]) {
         let number = frame[..8].try_into().unwrap();
         self.0.lock().push(u64::from_le_bytes(number));
     }
@@ -150,8 +151,8 @@ fn i1_nothing_leaves_before_its_epoch_is_committed_and_a_grant_is_there() {
 fn a_permission_expires_between_two_frames_and_a_newer_one_goes_on() {
     struct Slow(Wire, Hand);
     impl OutputSink for Slow {
-        fn frame(&mut self, nic: u8, frame: &[u8]) {
-            self.0.frame(nic, frame);
+        fn frame(&mut self, nic: u8, _header: &[u8; HEADER], frame: &[u8]) {
+            self.0.frame(nic, &NOTHING, frame);
             self.1.0.fetch_add(60, Ordering::SeqCst);
         }
         fn console(&mut self, _: u64, _: &[u8]) {}
@@ -537,4 +538,55 @@ proptest! {
             prop_assert_eq!(wire.seen(), left.clone());
         }
     }
+}
+
+/// What left, with its header.
+#[derive(Clone, Default)]
+struct Whole(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl OutputSink for Whole {
+    fn frame(&mut self, _nic: u8, header: &[u8; HEADER], frame: &[u8]) {
+        self.0.lock().push([&header[..], frame].concat());
+    }
+
+    fn console(&mut self, _: u64, _: &[u8]) {}
+
+    fn power(&mut self, _: Power) {}
+}
+
+#[test]
+fn the_header_of_a_frame_goes_where_the_frame_goes() {
+    let packet = |number: u8| {
+        let mut bytes = vec![0; HEADER + 60];
+        // Every other one leaves nothing to be done.
+        bytes[0] = number % 2;
+        bytes[HEADER] = number;
+        bytes
+    };
+    let left = |by: &Whole| std::mem::take(&mut *by.0.lock());
+    let whole = Whole::default();
+    let hand = Arc::new(Hand::default());
+    let barrier = Barrier::new(small(), Box::new(whole.clone()), hand.clone());
+    let hold = |number| {
+        let bytes = packet(number);
+        barrier.hold(Packet::new(&bytes).unwrap().sent(0)).unwrap();
+    };
+    barrier.pass(solo());
+    (1..=2).for_each(hold);
+    assert_eq!(left(&whole), [packet(1), packet(2)]);
+    barrier.start_holding();
+    (3..=6).for_each(hold);
+    let mut copy = Vec::new();
+    barrier.seal(EpochId(1), &mut copy).unwrap();
+    barrier.protect(ft());
+    assert_eq!(barrier.release(EpochId(1), 0), Release::Done);
+    let sent: Vec<_> = (3..=6).map(packet).collect();
+    assert_eq!(left(&whole), sent);
+    // The heir, which does not know that they have left.
+    let mut kept = ShadowOutputs::new(1 << 16);
+    kept.push(EpochId(1), &copy).unwrap();
+    let again = Whole::default();
+    let heir = Barrier::new(small(), Box::new(again.clone()), hand);
+    heir.promote(solo(), &kept, EpochId(1));
+    assert_eq!(left(&again), sent);
 }

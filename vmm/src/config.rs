@@ -27,6 +27,9 @@ pub struct MachineConfig {
 pub struct NicConfig {
     /// Its MAC address; a unicast one.
     pub mac: [u8; 6],
+    /// Whether its driver is offered to leave checksums and the cutting of segments to the host, to take
+    /// frames of which the host leaves that to it, and to take a frame in several buffers.
+    pub offload: bool,
 }
 
 /// Where dirty pages are learnt from (rule 4). Chosen per VM by measured cost.

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use ax_wire::offload::Packet;
+
 use crate::devices::{DeviceSet, RxOutcome};
 use crate::vcpu::Counters;
 
@@ -35,9 +37,9 @@ impl std::fmt::Debug for MachineHandle {
 }
 
 impl MachineHandle {
-    /// Gives the guest a frame received for network device `nic`.
-    pub fn net_rx(&self, nic: usize, frame: &[u8]) -> RxOutcome {
-        self.devices.net_rx(nic, frame)
+    /// Gives the guest a frame received for network device `nic`, behind its header.
+    pub fn net_rx(&self, nic: usize, packet: Packet<'_>) -> RxOutcome {
+        self.devices.net_rx(nic, packet)
     }
 
     /// How many received frames network device `nic` is done with (rule 7).

@@ -89,7 +89,7 @@ impl Machine {
         let ram = Ram::new(config.memory)?;
         let power = Arc::new(PowerLatch::new(ports.outputs));
         let spec = DeviceSpec {
-            nics: config.nics.iter().map(|n| n.mac).collect(),
+            nics: config.nics.clone(),
             disks: ports.disks.len(),
             rng: config.rng,
         };

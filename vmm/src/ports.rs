@@ -6,6 +6,8 @@
 
 use std::io;
 
+use ax_wire::offload::Packet;
+
 /// No room to hold more output: the caller leaves the request in its queue and tries again after
 /// the next [`crate::ports::Outputs`] drain (the machine is told by `retry_outputs`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -25,8 +27,9 @@ pub enum Power {
 
 /// Everything the guest shows to the outside. Implemented by the I/O barrier. Never blocks.
 pub trait Outputs: Send + Sync {
-    /// One Ethernet frame (without virtio header) sent by network device `nic`.
-    fn frame(&self, nic: u8, frame: &[u8]) -> Result<(), Full>;
+    /// One Ethernet frame sent by network device `nic`, behind a header that has been checked and says what the
+    /// device has agreed to do with it.
+    fn frame(&self, nic: u8, packet: Packet<'_>) -> Result<(), Full>;
 
     /// Console bytes; `offset` is their place in the guest's whole console stream (rule 8),
     /// counted by the serial device and part of its saved state.

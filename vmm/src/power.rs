@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ax_wire::offload::Packet;
 use parking_lot::Mutex;
 
 use crate::ports::{Full, Outputs, Power};
@@ -43,8 +44,8 @@ impl PowerLatch {
 }
 
 impl Outputs for PowerLatch {
-    fn frame(&self, nic: u8, frame: &[u8]) -> std::result::Result<(), Full> {
-        self.outputs.frame(nic, frame)
+    fn frame(&self, nic: u8, packet: Packet<'_>) -> std::result::Result<(), Full> {
+        self.outputs.frame(nic, packet)
     }
 
     fn console(&self, offset: u64, bytes: &[u8]) -> std::result::Result<(), Full> {

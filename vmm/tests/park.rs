@@ -143,6 +143,7 @@ fn configurations_that_cannot_run_are_refused_by_name() {
     assert!(refused(ring(1 << 20)).contains("power of two"));
     let mac = NicConfig {
         mac: [1, 0, 0, 0, 0, 0],
+        offload: false,
     };
     assert!(
         refused(MachineConfig {

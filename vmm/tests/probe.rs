@@ -81,6 +81,7 @@ impl Guest {
             vcpus,
             nics: vec![NicConfig {
                 mac: [2, 0, 0, 0, 0, 1],
+                offload: true,
             }],
             rng: true,
             dirty,

@@ -71,6 +71,11 @@ pub struct NewNic {
     /// Its MAC address; one is made, and kept, when absent.
     #[serde(default)]
     pub mac: Option<Mac>,
+    /// Whether the guest may leave checksums and the cutting of segments to the host, and the other way
+    /// round; as it was when absent, and for a new one if both hosts can. Not written when absent: an axd
+    /// from before this field refuses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offload: Option<bool>,
 }
 
 /// A VM as a user asks for it: what axd fills in (identity, MACs, image sizes) may be missing.

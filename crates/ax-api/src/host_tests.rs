@@ -177,6 +177,7 @@ fn requests_and_replies_travel_as_one_line() {
                 nics: vec![NewNic {
                     tap: "tap0".into(),
                     mac: Some(Mac([0x52, 0x54, 0, 1, 2, 3])),
+                    offload: Some(true),
                 }],
                 autostart: false,
                 dirty: DirtySource::Ring,

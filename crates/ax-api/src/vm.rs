@@ -106,6 +106,10 @@ pub struct Nic {
     pub tap: String,
     /// MAC address, stable for the VM's life.
     pub mac: [u8; 6],
+    /// The guest may leave checksums and the cutting of segments to the host, and the other way round. Not
+    /// written when it may not: an axd from before this field refuses it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offload: bool,
 }
 
 /// Where the dirty pages are learned from (rule 4).

@@ -11,6 +11,7 @@
 //!   two hosts can be a pair;
 //! - [`stream`]: the epoch stream and what comes back; [`runs`]: pages in it;
 //! - [`peer`]: what the two processes of a pair tell each other besides epochs;
+//! - [`offload`]: what a frame leaves to be done by who carries it;
 //! - [`heartbeat`]: that the other side lives, and how far it has come;
 //! - [`PageAligned`]: where pages are kept on their way.
 //!
@@ -23,6 +24,7 @@ pub mod frame;
 pub mod heartbeat;
 pub mod hello;
 pub mod ids;
+pub mod offload;
 pub mod peer;
 pub mod record;
 pub mod records;

@@ -5,6 +5,9 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, TryFromBytes, little_endian};
 
+use crate::Version;
+use crate::version::Since;
+
 /// What a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, TryFromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(u8)]
@@ -32,6 +35,46 @@ pub enum RecordKind {
     /// A rotation of the dirty-region maps of all disks (rule 16): with `at` 0 one begins here; else it ends
     /// that of epoch `at`, and the payload is the 16 bytes both maps are relative to from now on.
     DiskMark = 10,
+    /// A [`RecordKind::Frame`] behind the header that says what is left to be done with it
+    /// ([`crate::offload`]).
+    FrameWithHeader = 11,
+    /// A [`RecordKind::Received`] behind such a header.
+    ReceivedWithHeader = 12,
+}
+
+impl Since for RecordKind {
+    fn since(&self) -> Version {
+        match self {
+            RecordKind::DiskWrite
+            | RecordKind::DiskFlush
+            | RecordKind::Frame
+            | RecordKind::Console
+            | RecordKind::PowerOff
+            | RecordKind::Reset
+            | RecordKind::Crash
+            | RecordKind::Received
+            | RecordKind::DiskZero
+            | RecordKind::DiskMark => Version::FIRST,
+            RecordKind::FrameWithHeader | RecordKind::ReceivedWithHeader => Version::SECOND,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            RecordKind::DiskWrite => "disk write",
+            RecordKind::DiskFlush => "disk flush",
+            RecordKind::Frame => "frame",
+            RecordKind::Console => "console",
+            RecordKind::PowerOff => "power off",
+            RecordKind::Reset => "reset",
+            RecordKind::Crash => "crash",
+            RecordKind::Received => "received frame",
+            RecordKind::DiskZero => "disk zeros",
+            RecordKind::DiskMark => "disk mark",
+            RecordKind::FrameWithHeader => "frame with offload header",
+            RecordKind::ReceivedWithHeader => "received frame with offload header",
+        }
+    }
 }
 
 /// Place of a FLUSH that completes only once the shadow has made it durable

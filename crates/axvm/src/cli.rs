@@ -123,8 +123,9 @@ pub struct VmArgs {
         value_name = "PATH[,size=SIZE][,ro][,secondary=sync][,on_error=report]"
     )]
     pub disk: Vec<String>,
-    /// A network device on a tap interface. Repeatable.
-    #[arg(long, value_name = "tap=NAME[,mac=MAC]")]
+    /// A network device on a tap interface. The guest leaves checksums and the cutting of large segments to the
+    /// host, unless one of the hosts is too old for it, or offload=off. Repeatable.
+    #[arg(long, value_name = "tap=NAME[,mac=MAC][,offload=off]")]
     pub net: Vec<String>,
     /// Where dirty pages are learned from [default: auto].
     #[arg(long, value_enum, value_name = "SOURCE")]

@@ -162,20 +162,27 @@ fn disk(text: &str) -> Result<NewDisk, Failure> {
     Ok(disk)
 }
 
-/// `tap=NAME[,mac=MAC]`
+/// `tap=NAME[,mac=MAC][,offload=on|off]`
 fn nic(text: &str) -> Result<NewNic, Failure> {
     let bad = |why: String| usage(format!("--net {text}: {why}"));
-    let (mut tap, mut mac) = (None, None);
+    let (mut tap, mut mac, mut offload) = (None, None, None);
     for word in text.split(',') {
         match word.split_once('=') {
             Some(("tap", name)) if !name.is_empty() => tap = Some(name.to_owned()),
             Some(("mac", text)) => mac = Some(text.parse().map_err(|e| bad(format!("{e}")))?),
-            _ => return Err(bad(format!("`{word}` is not known: tap=NAME, mac=MAC"))),
+            Some(("offload", "on")) => offload = Some(true),
+            Some(("offload", "off")) => offload = Some(false),
+            _ => {
+                return Err(bad(format!(
+                    "`{word}` is not known: tap=NAME, mac=MAC, offload=on, offload=off"
+                )));
+            }
         }
     }
     Ok(NewNic {
         tap: tap.ok_or_else(|| bad("names no tap: tap=NAME".to_owned()))?,
         mac,
+        offload,
     })
 }
 

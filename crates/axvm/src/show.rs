@@ -261,7 +261,8 @@ fn details(report: &VmReport) -> String {
         ));
     }
     for nic in &vm.nics {
-        lines.push(("nic", format!("tap {}, {}", nic.tap, Mac(nic.mac))));
+        let offload = if nic.offload { ", offload" } else { "" };
+        lines.push(("nic", format!("tap {}, {}{offload}", nic.tap, Mac(nic.mac))));
     }
     if !report.arbiter.is_empty() {
         lines.push(("arbiter", report.arbiter.clone()));

@@ -37,6 +37,9 @@ pub struct Cmdline {
     pub cpus: usize,
     /// `button=`: what it does when its power button is pressed.
     pub button: Button,
+    /// `net=offload`, `net=plain`: whether network devices compute checksums and give it large segments, if
+    /// they offer to; they do by default.
+    pub offload: bool,
     /// `quiet`: nothing on the console but answers, panics and the ready line.
     pub quiet: bool,
 }
@@ -57,6 +60,7 @@ impl Cmdline {
             gateway: None,
             cpus: 1,
             button: Button::Unheard,
+            offload: true,
             quiet: false,
         };
         for word in text.split_ascii_whitespace() {
@@ -77,6 +81,11 @@ impl Cmdline {
                     }
                 }
                 "button" => it.button = Button::parse(value).unwrap_or(it.button),
+                "net" => match value {
+                    "plain" => it.offload = false,
+                    "offload" => it.offload = true,
+                    _ => {}
+                },
                 "quiet" => it.quiet = true,
                 _ => {}
             }
@@ -149,7 +158,9 @@ mod tests {
             }
         );
         assert_eq!(it.gateway, Some(Ipv4Addr::new(10, 77, 0, 1)));
-        assert_eq!((it.cpus, it.quiet), (4, true));
+        assert_eq!((it.cpus, it.quiet, it.offload), (4, true, true));
+        assert!(!Cmdline::parse("net=plain").offload);
+        assert!(Cmdline::parse("net=plain net=offload net=x").offload);
         assert_eq!(it.button, Button::Poweroff);
     }
 

@@ -7,6 +7,7 @@
 //!
 //! - [`port`]: where its services listen
 //! - [`acpi`]: the power button, found through the ACPI tables
+//! - [`checksum`]: checksums that the network device computes
 //! - [`cmdline`]: the kernel command line the guest understands
 //! - [`command`]: the control protocol (TCP 7001 and the console)
 //! - [`resp`], [`keyspace`]: the RESP parser and the data behind it (TCP 6379)
@@ -19,6 +20,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod acpi;
+pub mod checksum;
 pub mod cmdline;
 pub mod command;
 pub mod digest;

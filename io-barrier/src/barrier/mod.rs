@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use ax_sync::{Mutex, MutexGuard};
 use ax_wire::EpochId;
+use ax_wire::offload::{HEADER, carried};
 use ax_wire::records::{Record, RecordKind, Records, push, record_size};
 
 use crate::Clock;
@@ -26,8 +27,9 @@ pub enum Power {
 /// Where released outputs go. Called by one thread at a time, in order; must not call back into the
 /// barrier and should not block: a frame the network does not take is lost as on any network.
 pub trait OutputSink: Send {
-    /// An Ethernet frame of network device `nic`.
-    fn frame(&mut self, nic: u8, frame: &[u8]);
+    /// An Ethernet frame of network device `nic`, and the header that says what is left to be done with it
+    /// ([`ax_wire::offload`]). After a promotion both may be the peer's: nothing of them has been checked.
+    fn frame(&mut self, nic: u8, header: &[u8; HEADER], frame: &[u8]);
 
     /// Console bytes at stream offset `offset`. After a failover earlier bytes may come again with
     /// their old offsets: the reader takes each offset once (rule 8).
@@ -195,7 +197,10 @@ impl std::fmt::Debug for Barrier {
 /// The one place where a byte leaves (I1). Callers hold the sink's lock and have checked the gate.
 fn leave(sink: &mut dyn OutputSink, record: Record<'_>) {
     match record.kind {
-        RecordKind::Frame => sink.frame(record.unit, record.payload),
+        RecordKind::Frame | RecordKind::FrameWithHeader => match carried(&record) {
+            Some((header, frame)) => sink.frame(record.unit, &header, frame),
+            None => tracing::error!("a frame shorter than its header: ignored"),
+        },
         RecordKind::Console => sink.console(record.at, record.payload),
         RecordKind::PowerOff => sink.power(Power::Off),
         RecordKind::Reset => sink.power(Power::Reset),
@@ -204,7 +209,8 @@ fn leave(sink: &mut dyn OutputSink, record: Record<'_>) {
         | RecordKind::DiskFlush
         | RecordKind::DiskZero
         | RecordKind::DiskMark
-        | RecordKind::Received => {
+        | RecordKind::Received
+        | RecordKind::ReceivedWithHeader => {
             tracing::error!(kind = ?record.kind, "not an output: ignored");
         }
     }
@@ -318,7 +324,7 @@ impl Barrier {
             POWER_RESERVE
         };
         let room = queue.open.capacity().saturating_sub(reserve);
-        if record.kind == RecordKind::Frame {
+        if matches!(record.kind, RecordKind::Frame | RecordKind::FrameWithHeader) {
             record.at = queue.outputs;
         }
         let fits = queue.open.len() + record_size(record.payload.len()) <= room;

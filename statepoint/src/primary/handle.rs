@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ax_sync::Mutex;
-use ax_wire::records::{Record, RecordKind, push};
+use ax_wire::offload::Packet;
+use ax_wire::records::push;
 use ax_wire::stream::{FrameKind, MAX_PAYLOAD, Refusal};
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::{Barrier, Clock, Gate, Release};
@@ -299,16 +300,11 @@ impl PrimaryHandle {
     /// Forwards a frame received for network device `nic`, its `seq`-th (from 1), without waiting
     /// (rule 7). Dropped when no shadow listens or there is no room: it is then a frame that only this
     /// host has seen.
-    pub fn received(&self, nic: u8, seq: u64, frame: &[u8]) {
+    pub fn received(&self, nic: u8, seq: u64, packet: Packet<'_>) {
         if !self.shared.connected.load(Ordering::Acquire) {
             return;
         }
-        let record = Record {
-            kind: RecordKind::Received,
-            unit: nic,
-            at: seq,
-            payload: frame,
-        };
+        let record = packet.received(nic, seq);
         if !push(&mut self.shared.received.lock(), record) {
             self.shared
                 .counters

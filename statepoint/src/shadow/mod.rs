@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ax_sync::{Condvar, Mutex};
+use ax_wire::offload::Packet;
 use ax_wire::resync::Ask;
 use ax_wire::stream::{FrameError, Refusal, Resume};
 use ax_wire::{EpochId, Generation, Incarnation, Session};
@@ -341,7 +342,7 @@ impl ShadowHandle {
     }
 
     /// Promotion: hands `give` every received frame the committed guest has not been given (rule 7).
-    pub fn drain_received(&self, give: impl FnMut(u8, &[u8])) {
+    pub fn drain_received(&self, give: impl FnMut(u8, Packet<'_>)) {
         let now = self.shared.clock.now_ns();
         self.shared.memory.lock().received.drain(now, give);
     }

@@ -5,11 +5,12 @@ use std::sync::atomic::Ordering;
 
 use ax_failpoint::Point;
 use ax_sync::Mutex;
+use ax_wire::offload::carried;
 use ax_wire::records::{RecordKind, Records};
 use ax_wire::resync::Ask;
 use ax_wire::runs::{Content, Patches, Runs};
 use ax_wire::stream::{self, EpochBegin, EpochEnd, FrameError, FrameKind, Header, Nonce};
-use ax_wire::{EpochId, Generation, PAGE_SIZE};
+use ax_wire::{EpochId, Generation, PAGE_SIZE, Version};
 use io_barrier::MAX_NICS;
 
 use super::apply::write_runs;
@@ -357,7 +358,8 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         if !are_records(&stage.disk, is_disk) {
             return Err(bad(epoch, "has broken disk records"));
         }
-        if !are_records(&stage.outputs, is_output) {
+        let version = header.version;
+        if !are_records(&stage.outputs, |kind, unit| is_output(kind, unit, version)) {
             return Err(bad(epoch, "has broken output records"));
         }
         stage.digest = (end.has_digest.get() != 0).then_some(end.digest.get());
@@ -422,17 +424,18 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
         self.read_scratch(header)?;
         match header.kind {
             FrameKind::Received => {
-                let known =
-                    |kind, unit: u8| kind == RecordKind::Received && usize::from(unit) < MAX_NICS;
+                let known = |kind, unit| is_received(kind, unit, header.version);
                 if !are_records(&self.scratch, known) {
                     return Err(body_error(header.kind, "not received frames"));
                 }
                 let now = self.shared.clock.now_ns();
                 let mut memory = self.shared.memory.lock();
                 for record in Records::new(&self.scratch).map_while(Result::ok) {
-                    memory
-                        .received
-                        .push(record.unit, record.at, now, record.payload);
+                    if let Some((packet, frame)) = carried(&record) {
+                        memory
+                            .received
+                            .push(record.unit, record.at, now, &packet, frame);
+                    }
                 }
             }
             FrameKind::Question => {
@@ -480,12 +483,18 @@ fn is_copied(kind: RecordKind, _unit: u8) -> bool {
     )
 }
 
-fn is_output(kind: RecordKind, unit: u8) -> bool {
-    match kind {
-        RecordKind::Frame => usize::from(unit) < MAX_NICS,
+fn is_output(kind: RecordKind, unit: u8, spoken: Version) -> bool {
+    let output = match kind {
+        RecordKind::Frame | RecordKind::FrameWithHeader => usize::from(unit) < MAX_NICS,
         RecordKind::Console | RecordKind::PowerOff | RecordKind::Reset | RecordKind::Crash => true,
         _ => false,
-    }
+    };
+    output && spoken.has(&kind).is_ok()
+}
+
+fn is_received(kind: RecordKind, unit: u8, spoken: Version) -> bool {
+    let received = matches!(kind, RecordKind::Received | RecordKind::ReceivedWithHeader);
+    received && usize::from(unit) < MAX_NICS && spoken.has(&kind).is_ok()
 }
 
 /// Pages of a payload's runs, each of them RAM, and patched only where `patches` may be.
@@ -529,6 +538,23 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_header_comes_only_where_the_wire_version_has_one() {
+        let (old, new) = (Version::FIRST, Version::SECOND);
+        for version in [old, new] {
+            assert!(is_output(RecordKind::Frame, 0, version));
+            assert!(is_received(RecordKind::Received, 0, version));
+            assert!(!is_output(RecordKind::Received, 0, version));
+            assert!(!is_received(RecordKind::Frame, 0, version));
+        }
+        for (version, known) in [(old, false), (new, true)] {
+            assert_eq!(is_output(RecordKind::FrameWithHeader, 0, version), known);
+            let received = is_received(RecordKind::ReceivedWithHeader, 0, version);
+            assert_eq!(received, known);
+        }
+        assert!(!is_output(RecordKind::FrameWithHeader, MAX_NICS as u8, new));
+    }
 
     #[test]
     fn only_runs_wholly_in_one_region_are_ram() {

@@ -467,7 +467,7 @@ impl ShadowSink for Disk {
 pub struct Net(pub Arc<Mutex<Vec<(u64, u64)>>>);
 
 impl OutputSink for Net {
-    fn frame(&mut self, _nic: u8, frame: &[u8]) {
+    fn frame(&mut self, _nic: u8, _header: &[u8; ax_wire::offload::HEADER], frame: &[u8]) {
         let word = |at: usize| u64::from_le_bytes(frame[at..at + 8].try_into().unwrap());
         self.0.lock().push((word(0), word(8)));
     }

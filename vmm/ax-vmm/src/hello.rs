@@ -44,6 +44,10 @@ fn devices(spec: &Spec) -> [u8; 32] {
     for nic in &spec.vm.nics {
         hash.update(b"nic");
         hash.update(nic.mac);
+        // Said only where it says something: a build from before it has devices without.
+        if nic.offload {
+            hash.update(b"offload");
+        }
     }
     for disk in &spec.vm.disks {
         hash.update(b"disk");

@@ -1,9 +1,10 @@
 //! Where released outputs go, and where frames come from: taps, console, power.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use ax_wire::offload::{HEADER, MAX_PACKET, NOTHING, Offloads, Packet, Work};
 use io_barrier::{OutputSink, Power};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -13,7 +14,7 @@ use crate::announce;
 use crate::console::Console;
 use crate::error::Error;
 use crate::seen::Seen;
-use crate::tap::{MAX_FRAME, Tap};
+use crate::tap::{ROOM, Tap};
 
 /// One network device's way to the outside.
 #[derive(Debug)]
@@ -39,6 +40,18 @@ impl Port {
 pub struct Taps {
     ports: Vec<Port>,
     receiving: Mutex<Option<Receiving>>,
+}
+
+/// Where frames from the taps go.
+pub trait Inside: Send {
+    /// Takes one. Nothing of its header has been looked at.
+    fn deliver(&self, nic: u8, packet: Packet<'_>);
+
+    /// What may be left to be done in frames for this device.
+    fn offloads(&self, nic: u8) -> Offloads;
+
+    /// Becomes readable when that may have changed, until it is asked for.
+    fn renegotiated(&self, nic: u8) -> Option<BorrowedFd<'_>>;
 }
 
 /// The thread that reads the open taps.
@@ -91,7 +104,7 @@ impl Taps {
     }
 
     /// Closes every tap: nothing leaves or comes in here any more. Waits for the receiving thread,
-    /// whose `deliver` must not be waiting for anything meanwhile.
+    /// which must not be waiting for anything meanwhile.
     pub fn close(&self) {
         if let Some(Receiving { stop, thread }) = self.receiving.lock().take() {
             // Fails only when it is stopped already.
@@ -113,12 +126,12 @@ impl Taps {
         }
     }
 
-    /// Sends one frame out.
-    fn send(&self, nic: u8, frame: &[u8]) {
+    /// Sends one frame out, behind its header.
+    fn send(&self, nic: u8, header: &[u8; HEADER], frame: &[u8]) {
         if let Some(port) = self.ports.get(usize::from(nic))
             && let Some(tap) = &*port.open.read()
         {
-            tap.send(frame);
+            tap.send(header, frame);
         }
     }
 
@@ -126,16 +139,17 @@ impl Taps {
     pub fn announce(&self) {
         for (nic, port) in self.ports.iter().enumerate() {
             let frames = announce::frames(port.mac, &port.seen.lock());
-            frames.iter().for_each(|frame| self.send(nic as u8, frame));
+            let send = |frame: &Vec<u8>| self.send(nic as u8, &NOTHING, frame);
+            frames.iter().for_each(send);
         }
     }
 
-    /// Reads frames of all open taps in a thread of its own and hands them to `deliver`, until the
+    /// Reads frames of all open taps in a thread of its own and hands them to `inside`, until the
     /// taps are closed.
     ///
     /// # Errors
     /// The thread could not be started.
-    pub fn receive(&self, deliver: impl FnMut(u8, &[u8]) + Send + 'static) -> std::io::Result<()> {
+    pub fn receive(&self, inside: impl Inside + 'static) -> std::io::Result<()> {
         let mut receiving = self.receiving.lock();
         let taps: Vec<(u8, Arc<Tap>)> = self
             .ports
@@ -152,7 +166,7 @@ impl Taps {
         let thread = std::thread::Builder::new()
             .name("net-rx".into())
             .spawn(move || {
-                if let Err(error) = read_taps(&taps, &stopped, deliver) {
+                if let Err(error) = read_taps(&taps, &stopped, &inside) {
                     tracing::error!(%error, "the taps can't be read any more");
                 }
             })?;
@@ -161,28 +175,72 @@ impl Taps {
     }
 }
 
-fn read_taps(
-    taps: &[(u8, Arc<Tap>)],
-    stop: &EventFd,
-    mut deliver: impl FnMut(u8, &[u8]),
-) -> std::io::Result<()> {
-    let mut frame = vec![0; MAX_FRAME];
+fn read_taps(taps: &[(u8, Arc<Tap>)], stop: &EventFd, inside: &impl Inside) -> std::io::Result<()> {
+    let mut room = vec![0; ROOM];
+    let mut reads: Vec<Read<'_>> = taps
+        .iter()
+        .map(|(nic, tap)| Read {
+            nic: *nic,
+            tap,
+            told: Offloads::NONE,
+        })
+        .collect();
+    let events = taps.iter().filter_map(|(nic, _)| inside.renegotiated(*nic));
     let mut fds: Vec<PollFd> = taps
         .iter()
-        .map(|(_, tap)| PollFd::new(tap.as_fd(), PollFlags::POLLIN))
-        .chain([PollFd::new(stop.as_fd(), PollFlags::POLLIN)])
+        .map(|(_, tap)| tap.as_fd())
+        .chain([stop.as_fd()])
+        .chain(events)
+        .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
         .collect();
+    let mut news = true;
     loop {
+        // Before the frames that have come meanwhile: none must be lost to an agreement that is over.
+        if news {
+            reads
+                .iter_mut()
+                .for_each(|read| read.tell(inside.offloads(read.nic)));
+        }
+        for Read { nic, tap, .. } in &reads {
+            while let Some(bytes) = tap.receive(&mut room)? {
+                // What is longer than any packet has been cut short.
+                if let Some(packet) = Packet::new(bytes).filter(|_| bytes.len() <= MAX_PACKET) {
+                    inside.deliver(*nic, packet);
+                }
+            }
+        }
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        if fds.last().and_then(PollFd::any) == Some(true) {
+        let readable = |fd: &PollFd<'_>| fd.any() == Some(true);
+        let (_, others) = fds.split_at(taps.len());
+        if others.first().is_some_and(readable) {
             return Ok(());
         }
-        for (nic, tap) in taps {
-            while let Some(frame) = tap.receive(&mut frame)? {
-                deliver(*nic, frame);
+        news = others.iter().skip(1).any(readable);
+    }
+}
+
+/// One tap being read.
+struct Read<'a> {
+    nic: u8,
+    tap: &'a Tap,
+    /// What it has been told that it may leave to be done.
+    told: Offloads,
+}
+
+impl Read<'_> {
+    /// Tells the tap what the guest has agreed to, if it is news.
+    fn tell(&mut self, agreed: Offloads) {
+        if agreed == self.told {
+            return;
+        }
+        match self.tap.set_offloads(agreed) {
+            Ok(()) => self.told = agreed,
+            // What it leaves to be done all the same is dropped by the device.
+            Err(error) => {
+                tracing::warn!(%error, nic = self.nic, "the tap keeps to what was agreed before");
             }
         }
     }
@@ -205,9 +263,15 @@ impl std::fmt::Debug for Sink {
 }
 
 impl OutputSink for Sink {
-    fn frame(&mut self, nic: u8, frame: &[u8]) {
-        self.taps.learn(nic, frame);
-        self.taps.send(nic, frame);
+    fn frame(&mut self, nic: u8, header: &[u8; HEADER], frame: &[u8]) {
+        // After a promotion it is what a peer has sent: the kernel gets no other header than a sound one.
+        match Work::parse(header, frame, Offloads::ALL) {
+            Ok(work) => {
+                self.taps.learn(nic, frame);
+                self.taps.send(nic, &work.header(), frame);
+            }
+            Err(why) => tracing::debug!(nic, %why, "a frame is dropped"),
+        }
     }
 
     fn console(&mut self, offset: u64, bytes: &[u8]) {

@@ -1,5 +1,6 @@
 //! Everything that lives as long as the process, whatever its role: made once, wired once.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,6 +9,7 @@ use ax_api::vm::{Boot, DirtySource, Secondary};
 use ax_arbiter::{Client, Etcd};
 use ax_disk::{Image, WriteLog};
 use ax_link::{AddressPair, Connector, HostName, Identity, Security, TrustStore};
+use ax_wire::offload::{Offloads, Packet};
 use ax_wire::records::{Record, RecordKind};
 use io_barrier::{Barrier, BarrierConfig, Boottime};
 use parking_lot::Mutex;
@@ -21,7 +23,7 @@ use crate::disks::MirroredDisk;
 use crate::error::Error;
 use crate::faults::{Faults, Standing};
 use crate::guest::SharedMachine;
-use crate::outside::{Sink, Taps};
+use crate::outside::{Inside, Sink, Taps};
 
 /// Bytes of disk writes one epoch may carry: with pages and outputs well under an epoch's budget.
 const DISK_BUDGET: usize = 4 << 20;
@@ -78,8 +80,9 @@ impl ToBarrier {
 }
 
 impl Outputs for ToBarrier {
-    fn frame(&self, nic: u8, frame: &[u8]) -> Result<(), Full> {
-        self.hold(RecordKind::Frame, nic, 0, frame)
+    fn frame(&self, nic: u8, packet: Packet<'_>) -> Result<(), Full> {
+        let held = self.0.hold(packet.sent(nic));
+        held.map_err(|io_barrier::Full| Full)
     }
 
     fn console(&self, offset: u64, bytes: &[u8]) -> Result<(), Full> {
@@ -160,7 +163,10 @@ fn machine_config(spec: &Spec) -> MachineConfig {
             .vm
             .nics
             .iter()
-            .map(|nic| NicConfig { mac: nic.mac })
+            .map(|nic| NicConfig {
+                mac: nic.mac,
+                offload: nic.offload,
+            })
             .collect(),
         rng: true,
         dirty,
@@ -316,17 +322,46 @@ impl Parts {
     /// # Errors
     /// The thread could not be started.
     pub fn receive(&self) -> Result<(), Error> {
-        let (handle, bell) = (self.handle.clone(), self.bell.clone());
-        let mirrored = Arc::clone(&self.mirrored);
-        let deliver = move |nic: u8, frame: &[u8]| {
-            // This thread alone gives the device frames, so the next one's number is known.
-            let number = handle.rx_delivered(nic.into()) + 1;
-            if !mirrored.load(Ordering::Relaxed) {
-                bell.with(|engine| engine.received(nic, number, frame));
-            }
-            give(&handle, nic, frame);
+        let guest = ToGuest {
+            handle: self.handle.clone(),
+            bell: self.bell.clone(),
+            mirrored: Arc::clone(&self.mirrored),
         };
-        self.taps.receive(deliver).map_err(Error::Thread)
+        self.taps.receive(guest).map_err(Error::Thread)
+    }
+}
+
+/// Frames on their way to the guest, and first to the shadow.
+struct ToGuest {
+    handle: MachineHandle,
+    bell: EngineBell,
+    mirrored: Arc<AtomicBool>,
+}
+
+impl Inside for ToGuest {
+    fn deliver(&self, nic: u8, packet: Packet<'_>) {
+        // The thread that reads the taps alone gives the device frames, so the next one's number is known.
+        let number = self.handle.rx_delivered(nic.into()) + 1;
+        if !self.mirrored.load(Ordering::Relaxed) {
+            self.bell
+                .with(|engine| engine.received(nic, number, packet));
+        }
+        give(&self.handle, nic, packet);
+    }
+
+    fn offloads(&self, nic: u8) -> Offloads {
+        let devices = self.handle.devices();
+        if let Some(event) = devices.renegotiated(nic.into()) {
+            // Non-blocking; what is not read now has been said before.
+            let _ = event.read();
+        }
+        devices.offloads(nic.into())
+    }
+
+    fn renegotiated(&self, nic: u8) -> Option<BorrowedFd<'_>> {
+        let event = self.handle.devices().renegotiated(nic.into())?;
+        // SAFETY: the event lives in the device set, which `self.handle` keeps alive.
+        Some(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) })
     }
 }
 
@@ -341,17 +376,16 @@ impl Drop for Parts {
 }
 
 /// Gives the guest one frame; waits a moment for room in its queue, then drops it as a wire would.
-pub fn give(handle: &MachineHandle, nic: u8, frame: &[u8]) {
+pub fn give(handle: &MachineHandle, nic: u8, packet: Packet<'_>) {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use std::os::fd::BorrowedFd;
     let mut tries = 0;
-    while handle.net_rx(nic.into(), frame) == vmm::RxOutcome::NoBuffers && tries < 20 {
+    while handle.net_rx(nic.into(), packet) == vmm::RxOutcome::NoBuffers && tries < 20 {
         tries += 1;
         let Some(room) = handle.devices().rx_wakeup(nic.into()) else {
             return;
         };
         // SAFETY: the event lives in the device set, which `handle` keeps alive.
-        let fd = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(room)) };
+        let fd = unsafe { BorrowedFd::borrow_raw(room.as_raw_fd()) };
         let _ = poll(
             &mut [PollFd::new(fd, PollFlags::POLLIN)],
             PollTimeout::from(50u8),

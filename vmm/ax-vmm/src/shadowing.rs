@@ -11,8 +11,9 @@ use ax_link::heartbeat::{
 };
 use ax_link::{Incoming, Stream};
 use ax_wire::heartbeat::Progress;
+use ax_wire::offload::carried;
 use ax_wire::peer::PeerMessage;
-use ax_wire::records::{RecordKind, Records};
+use ax_wire::records::Records;
 use ax_wire::resync::Ask;
 use ax_wire::{EpochId, Generation, Incarnation, Session};
 use io_barrier::Boottime;
@@ -63,8 +64,8 @@ impl ShadowEvents for Events {
     fn applied(&self, _epoch: EpochId, outputs: &[u8]) {
         Records::new(outputs)
             .map_while(Result::ok)
-            .filter(|output| output.kind == RecordKind::Frame)
-            .for_each(|frame| self.taps.learn(frame.unit, frame.payload));
+            .filter_map(|output| Some((output.unit, carried(&output)?)))
+            .for_each(|(nic, (_, frame))| self.taps.learn(nic, frame));
     }
 
     fn copying(&self, received: u64) {

@@ -46,18 +46,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use ax_wire::offload::{Offloads, Packet};
 use parking_lot::{MappedMutexGuard, Mutex};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use disk::MAX_REQUEST;
 pub use error::Error;
-pub use net::{MAX_FRAME, MIN_FRAME};
 
+use crate::config::NicConfig;
 use crate::memory::GuestMemory;
 use crate::ports::{Disk, Outputs};
 use disk::DiskDevice;
 use gate::Gate;
-use net::Net;
+use net::{Net, NetEvents};
 use platform::Platform;
 use rng::Rng;
 use serial::SerialPort;
@@ -83,8 +84,8 @@ pub type SciLine = Box<dyn Fn(bool) + Send>;
 /// Which devices a machine has.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeviceSpec {
-    /// The MAC address of each network device.
-    pub nics: Vec<[u8; 6]>,
+    /// The network devices.
+    pub nics: Vec<NicConfig>,
     /// Number of disks.
     pub disks: usize,
     /// Whether there is an entropy device.
@@ -122,8 +123,8 @@ pub struct Wire {
 pub enum RxOutcome {
     /// In the guest's memory; counted.
     Delivered,
-    /// The device is done with it without the guest seeing it: shorter than [`MIN_FRAME`] or
-    /// longer than the guest's buffers. Counted.
+    /// The device is done with it without the guest seeing it: longer than the guest's buffers, of an
+    /// impossible length, or leaving work that the guest has not agreed to do. Counted.
     Dropped,
     /// The guest has given no buffer: try again after [`DeviceSet::rx_wakeup`].
     NoBuffers,
@@ -139,6 +140,8 @@ trait Virtio: Send + Sync {
     fn config(&self) -> &[u8];
     /// The doorbell of each queue.
     fn doorbells(&self) -> &[EventFd];
+    /// The driver has started or reset the device.
+    fn renegotiated(&self) {}
 }
 
 /// What the threads share.
@@ -215,19 +218,14 @@ impl DeviceSet {
         let mut irq = || irqs.next().map_or_else(|| event(EFD_NONBLOCK), Ok);
         let mut slots: Vec<Arc<dyn Virtio>> = Vec::with_capacity(asked);
         let (mut nets, mut disks, mut rng) = (Vec::new(), Vec::new(), None);
-        for (nic, mac) in spec.nics.iter().enumerate() {
-            let doorbells = [event(EFD_NONBLOCK)?, event(EFD_NONBLOCK)?];
+        for (nic, config) in spec.nics.iter().enumerate() {
             let outputs = Arc::clone(&ports.outputs);
-            let wakeup = event(EFD_NONBLOCK)?;
-            let net = Net::new(
-                nic as u8,
-                *mac,
-                outputs,
-                mem.clone(),
-                irq()?,
-                doorbells,
-                wakeup,
-            );
+            let events = NetEvents {
+                doorbells: [event(EFD_NONBLOCK)?, event(EFD_NONBLOCK)?],
+                wakeup: event(EFD_NONBLOCK)?,
+                renegotiated: event(EFD_NONBLOCK)?,
+            };
+            let net = Net::new(nic as u8, *config, outputs, mem.clone(), irq()?, events);
             let net = Arc::new(net);
             slots.push(Arc::clone(&net) as Arc<dyn Virtio>);
             nets.push(net);
@@ -369,9 +367,13 @@ impl DeviceSet {
             Effect::Notify(queue) => {
                 device.doorbells().get(queue).map(|d| d.write(1));
             }
-            Effect::Started => device.doorbells().iter().for_each(|d| {
-                let _ = d.write(1);
-            }),
+            Effect::Started => {
+                device.renegotiated();
+                device.doorbells().iter().for_each(|d| {
+                    let _ = d.write(1);
+                });
+            }
+            Effect::Reset => device.renegotiated(),
         }
     }
 
@@ -454,10 +456,10 @@ impl DeviceSet {
     /// Unless quiet or not started.
     pub fn reset(&self) -> Result<(), Error> {
         self.check_quiet("reset")?;
-        self.devices
-            .slots
-            .iter()
-            .for_each(|d| d.transport().reset());
+        self.devices.slots.iter().for_each(|d| {
+            d.transport().reset();
+            d.renegotiated();
+        });
         self.devices.serial.lock().reset();
         self.devices.platform.lock().reset();
         Ok(())
@@ -478,21 +480,22 @@ impl DeviceSet {
         self.devices.console_blocked.store(true, Ordering::SeqCst);
         let _ = self.devices.attention.write(1);
         for net in &self.devices.nets {
-            let _ = net.wakeup.write(1);
+            let _ = net.events.wakeup.write(1);
         }
     }
 
-    /// A frame (Ethernet, without FCS) received for network device `nic`. Waits at a closed gate.
+    /// A frame (Ethernet, without FCS) received for network device `nic`, behind its header, of which
+    /// nothing is believed. Waits at a closed gate.
     ///
     /// No such device: [`RxOutcome::NotReady`].
-    pub fn net_rx(&self, nic: usize, frame: &[u8]) -> RxOutcome {
+    pub fn net_rx(&self, nic: usize, packet: Packet<'_>) -> RxOutcome {
         let Some(net) = self.devices.nets.get(nic) else {
             return RxOutcome::NotReady;
         };
         let Some(_inside) = self.devices.gate.enter() else {
             return RxOutcome::NotReady;
         };
-        net.receive(frame)
+        net.receive(packet)
     }
 
     /// How many received frames device `nic` is done with (delivered or dropped) in the guest's
@@ -504,7 +507,26 @@ impl DeviceSet {
     /// Becomes readable when device `nic`, having answered [`RxOutcome::NoBuffers`] or
     /// [`RxOutcome::NotReady`], may take frames again. Read it (non-blocking) before trying again.
     pub fn rx_wakeup(&self, nic: usize) -> Option<&EventFd> {
-        self.devices.nets.get(nic).map(|n| &n.wakeup)
+        self.devices.nets.get(nic).map(|n| &n.events.wakeup)
+    }
+
+    /// What received frames may leave to the guest of device `nic`, as its driver and the device have agreed:
+    /// part of the saved state.
+    pub fn offloads(&self, nic: usize) -> Offloads {
+        let net = self.devices.nets.get(nic);
+        net.map_or(Offloads::NONE, |n| n.offloads())
+    }
+
+    /// Becomes readable when [`DeviceSet::offloads`] of device `nic` may have changed: its driver has started
+    /// or reset it, or it was restored. Read it (non-blocking) before asking.
+    pub fn renegotiated(&self, nic: usize) -> Option<&EventFd> {
+        self.devices.nets.get(nic).map(|n| &n.events.renegotiated)
+    }
+
+    /// Frames of device `nic` that were dropped because of their headers, the guest's or received ones,
+    /// since this process began.
+    pub fn malformed(&self, nic: usize) -> u64 {
+        self.devices.nets.get(nic).map_or(0, |n| n.malformed())
     }
 
     /// Console input. Returns how many bytes the serial port had room for. Waits at a closed gate.

@@ -1,59 +1,66 @@
 //! virtio-net: frames out through [`Outputs`], frames in from whoever reads the tap.
 //!
-//! No offloads are offered, so every frame is one Ethernet frame behind a 12-byte header of zeros.
+//! Every frame goes behind a 12-byte header ([`ax_wire::offload`]). What the headers may ask for is what driver
+//! and device have agreed on; both the guest's and a received one are parsed against that before they are
+//! passed on, and what is malformed is dropped and counted. What is agreed is part of the transport's state,
+//! so a frame never meets another agreement than that of its guest, wherever that runs.
+
+mod features;
+mod queues;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ax_wire::offload::{MAX_PACKET, Malformed, Offloads, Packet};
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
+use tracing::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::records::NetRecord;
-use super::ring::{Fault, Segments};
+use super::ring::Segments;
 use super::transport::{Restored, Transport};
 use super::{RxOutcome, Virtio};
+use crate::config::NicConfig;
 use crate::memory::GuestMemory;
 use crate::ports::Outputs;
+use queues::Chains;
 
 pub(super) const RX: usize = 0;
 pub(super) const TX: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 
-/// Bytes of `struct virtio_net_hdr_v1`.
-const HEADER: usize = 12;
-/// The header before each received frame: all zeros but `num_buffers` = 1.
-const RX_HEADER: [u8; HEADER] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
-
-/// Shortest frame: an Ethernet header.
-pub const MIN_FRAME: usize = 14;
-/// Longest frame carried, bytes without FCS: a jumbo frame with room for tags.
-pub const MAX_FRAME: usize = 9216;
-
-/// Frames sent per passage of the gate: bounds how long a capture waits.
-const BATCH: usize = 8;
+/// The events of one network device.
+pub(super) struct NetEvents {
+    pub(super) doorbells: [EventFd; 2],
+    /// Written when a receiver that was turned away should try again.
+    pub(super) wakeup: EventFd,
+    /// Written when what is agreed on may have changed.
+    pub(super) renegotiated: EventFd,
+}
 
 /// One network device.
 pub(super) struct Net {
     nic: u8,
     mac: [u8; 6],
     outputs: Arc<dyn Outputs>,
-    pub(super) doorbells: [EventFd; 2],
+    pub(super) events: NetEvents,
     inner: Mutex<Inner>,
     /// The outputs were full: the transmit queue waits for `unblock`.
     blocked: AtomicBool,
-    /// Written when a receiver that was turned away should try again.
-    pub(super) wakeup: EventFd,
 }
 
 struct Inner {
+    nic: u8,
     transport: Transport,
     segments: Segments,
-    frame: Box<[u8; MAX_FRAME]>,
+    chains: Chains,
+    packet: Box<[u8; MAX_PACKET]>,
     received: u64,
     /// A receiver was turned away. Not saved: one that is turned away again sets it again.
     starved: bool,
+    /// Frames dropped because of their headers. Not guest state.
+    malformed: u64,
 }
 
 /// A checked record, ready to be put in place.
@@ -66,34 +73,35 @@ pub(super) struct Loaded {
 impl Net {
     pub(super) fn new(
         nic: u8,
-        mac: [u8; 6],
+        config: NicConfig,
         outputs: Arc<dyn Outputs>,
         mem: GuestMemory,
         irq: EventFd,
-        doorbells: [EventFd; 2],
-        wakeup: EventFd,
+        events: NetEvents,
     ) -> Self {
         let name = format!("net{nic}");
-        let features = 1 << VIRTIO_NET_F_MAC;
+        let features = features::offered(config.offload);
         let sizes = [QUEUE_SIZE; 2];
         Net {
             nic,
-            mac,
+            mac: config.mac,
             outputs,
-            doorbells,
+            events,
             inner: Mutex::new(Inner {
+                nic,
                 transport: Transport::new(name, VIRTIO_ID_NET, features, &sizes, mem, irq),
                 segments: Segments::default(),
-                frame: Box::new([0; MAX_FRAME]),
+                chains: Chains::default(),
+                packet: Box::new([0; MAX_PACKET]),
                 received: 0,
                 starved: false,
+                malformed: 0,
             }),
             blocked: AtomicBool::new(false),
-            wakeup,
         }
     }
 
-    /// Sends up to [`BATCH`] frames. True when there may be more to send at once. Inside the gate.
+    /// Sends a batch of frames. True when there may be more to send at once. Inside the gate.
     pub(super) fn transmit(&self) -> bool {
         let mut inner = self.inner.lock();
         let mut sent = false;
@@ -108,9 +116,9 @@ impl Net {
     }
 
     /// Puts one received frame into the guest's memory. Inside the gate.
-    pub(super) fn receive(&self, frame: &[u8]) -> RxOutcome {
+    pub(super) fn receive(&self, packet: Packet<'_>) -> RxOutcome {
         let mut inner = self.inner.lock();
-        match inner.receive(frame) {
+        match inner.receive(packet) {
             Ok(outcome) => {
                 if outcome == RxOutcome::Delivered {
                     inner.transport.signal_used(RX);
@@ -129,7 +137,7 @@ impl Net {
         let starved = std::mem::take(&mut self.inner.lock().starved);
         if starved {
             // A full counter means that a wakeup is pending.
-            let _ = self.wakeup.write(1);
+            let _ = self.events.wakeup.write(1);
         }
     }
 
@@ -141,13 +149,22 @@ impl Net {
     /// If the transmit queue waited for room in the outputs, rings its doorbell.
     pub(super) fn unblock(&self) {
         if self.blocked.swap(false, Ordering::SeqCst) {
-            let [_, tx] = &self.doorbells;
+            let [_, tx] = &self.events.doorbells;
             let _ = tx.write(1);
         }
     }
 
     pub(super) fn received(&self) -> u64 {
         self.inner.lock().received
+    }
+
+    pub(super) fn malformed(&self) -> u64 {
+        self.inner.lock().malformed
+    }
+
+    /// What received frames may leave to the guest.
+    pub(super) fn offloads(&self) -> Offloads {
+        features::guest(&self.inner.lock().transport)
     }
 
     pub(super) fn record(&self) -> NetRecord {
@@ -175,95 +192,33 @@ impl Net {
         let mut inner = self.inner.lock();
         inner.transport.load(loaded.transport);
         inner.received = loaded.received;
-    }
-}
-
-impl Inner {
-    fn transmit(&mut self, net: &Net, sent: &mut bool) -> Result<bool, Fault> {
-        let Inner {
-            transport,
-            segments,
-            frame,
-            ..
-        } = self;
-        let Some(mut ring) = transport.ring(TX) else {
-            return Ok(false);
-        };
-        for _ in 0..BATCH {
-            let Some(chain) = ring.next()? else {
-                if ring.arm()? {
-                    continue;
-                }
-                return Ok(false);
-            };
-            ring.disarm()?;
-            segments.parse(ring.mem, chain)?;
-            let len = segments
-                .read_len
-                .checked_sub(HEADER)
-                .ok_or(Fault::TooShort)?;
-            // A frame no network would carry is lost, as it would be there.
-            if let Some(frame) = frame.get_mut(..len).filter(|f| f.len() >= MIN_FRAME) {
-                segments.read(ring.mem, HEADER, frame)?;
-                if !net.send(frame) {
-                    ring.untake();
-                    return Ok(false);
-                }
-            }
-            ring.used(segments.head, 0)?;
-            *sent = true;
-        }
-        Ok(true)
+        drop(inner);
+        self.renegotiated();
     }
 
-    fn receive(&mut self, frame: &[u8]) -> Result<RxOutcome, Fault> {
-        self.starved = true;
-        let Inner {
-            transport,
-            segments,
-            ..
-        } = self;
-        let Some(mut ring) = transport.ring(RX) else {
-            return Ok(RxOutcome::NotReady);
-        };
-        let mut chain = ring.next()?;
-        if chain.is_none() && ring.arm()? {
-            chain = ring.next()?;
-        }
-        let Some(chain) = chain else {
-            return Ok(RxOutcome::NoBuffers);
-        };
-        segments.parse(ring.mem, chain)?;
-        self.starved = false;
-        self.received = self.received.wrapping_add(1);
-        if frame.len() < MIN_FRAME || HEADER + frame.len() > segments.write_len {
-            ring.untake();
-            return Ok(RxOutcome::Dropped);
-        }
-        ring.disarm()?;
-        segments.write(ring.mem, 0, &RX_HEADER)?;
-        segments.write(ring.mem, HEADER, frame)?;
-        ring.used(segments.head, (HEADER + frame.len()) as u32)?;
-        Ok(RxOutcome::Delivered)
-    }
-}
-
-impl Net {
     /// Hands a frame out; false when there is no room for it.
     ///
     /// "Blocked" is said before the last try: room made after that try failed is then announced
     /// to a device that is seen to wait, so no wakeup is lost.
-    fn send(&self, frame: &[u8]) -> bool {
-        if self.outputs.frame(self.nic, frame).is_ok() {
+    fn send(&self, packet: Packet<'_>) -> bool {
+        if self.outputs.frame(self.nic, packet).is_ok() {
             return true;
         }
         self.blocked.store(true, Ordering::SeqCst);
-        let sent = self.outputs.frame(self.nic, frame).is_ok();
+        let sent = self.outputs.frame(self.nic, packet).is_ok();
         if sent {
             self.blocked.store(false, Ordering::SeqCst);
         }
         sent
     }
+}
+
+/// Counts a frame that is dropped because of its header, and says so the first time.
+fn drop_malformed(count: &mut u64, nic: u8, from: &str, why: Malformed) {
+    if *count == 0 {
+        warn!(device = %format_args!("net{nic}"), %why, "a frame {from} is dropped (said once)");
+    }
+    *count += 1;
 }
 
 impl Virtio for Net {
@@ -276,6 +231,11 @@ impl Virtio for Net {
     }
 
     fn doorbells(&self) -> &[EventFd] {
-        &self.doorbells
+        &self.events.doorbells
+    }
+
+    fn renegotiated(&self) {
+        // A full counter means that the word is pending.
+        let _ = self.events.renegotiated.write(1);
     }
 }

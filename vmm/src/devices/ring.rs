@@ -34,6 +34,8 @@ pub(super) enum Fault {
 pub(super) struct Ring<'a> {
     pub(super) queue: &'a mut Queue,
     pub(super) mem: &'a GuestMemory,
+    /// The used index at the last look at whether the driver wants an interrupt.
+    pub(super) looked_at: &'a mut u16,
 }
 
 impl<'a> Ring<'a> {
@@ -59,8 +61,31 @@ impl<'a> Ring<'a> {
 
     /// Returns chain `head` to the guest with `len` bytes written.
     pub(super) fn used(&mut self, head: u16, len: u32) -> Result<(), Fault> {
-        self.queue
-            .add_used(self.mem, head, len)
+        self.fill(0, head, len)?;
+        self.publish(1)
+    }
+
+    /// Writes the entry of chain `head` `ahead` places after the last one that the guest can see. It sees it
+    /// when it is published, with those before it.
+    pub(super) fn fill(&mut self, ahead: u16, head: u16, len: u32) -> Result<(), Fault> {
+        let slot = self.queue.next_used().wrapping_add(ahead) % self.queue.size();
+        let at = self.queue.used_ring() + 4 + 8 * u64::from(slot);
+        let mut entry = [0; 8];
+        let (id, written) = entry.split_at_mut(4);
+        id.copy_from_slice(&u32::from(head).to_le_bytes());
+        written.copy_from_slice(&len.to_le_bytes());
+        self.mem
+            .write_slice(&entry, GuestAddress(at))
+            .map_err(|_| Fault::Outside)
+    }
+
+    /// Shows the guest the next `count` entries, all at once.
+    pub(super) fn publish(&mut self, count: u16) -> Result<(), Fault> {
+        let next = self.queue.next_used().wrapping_add(count);
+        self.queue.set_next_used(next);
+        let at = GuestAddress(self.queue.used_ring() + 2);
+        self.mem
+            .store(next.to_le(), at, Ordering::Release)
             .map_err(|_| Fault::Outside)
     }
 
@@ -112,18 +137,22 @@ impl<'a> Ring<'a> {
 
     /// True when the driver wants an interrupt for what was used since the last call.
     pub(super) fn wants_interrupt(&mut self) -> Result<bool, Fault> {
-        if self.queue.event_idx_enabled() {
-            return self
-                .queue
-                .needs_notification(self.mem)
-                .map_err(|_| Fault::Outside);
-        }
+        let next = self.queue.next_used();
+        let last = std::mem::replace(self.looked_at, next);
+        // What was used is seen before what the driver wants is read.
         fence(Ordering::SeqCst);
-        let flags: u16 = self
-            .mem
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(|_| Fault::Outside)?;
-        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+        let available = self.queue.avail_ring();
+        let load = |at| {
+            let value: Result<u16, _> = self.mem.load(GuestAddress(at), Ordering::Relaxed);
+            value.map(u16::from_le).map_err(|_| Fault::Outside)
+        };
+        if self.queue.event_idx_enabled() {
+            // Virtio 1.2, 2.7.10: once the entry that the driver names is among the new ones.
+            let named = load(available + 4 + 2 * u64::from(self.queue.size()))?;
+            let since = next.wrapping_sub(named).wrapping_sub(1);
+            return Ok(since < next.wrapping_sub(last));
+        }
+        Ok(load(available)? & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
     }
 }
 
@@ -133,7 +162,7 @@ struct Segment {
     len: u32,
 }
 
-/// One descriptor chain, read once and checked: every buffer lies in RAM, readable ones first.
+/// Descriptor chains, read once and checked: every buffer lies in RAM, readable ones first.
 ///
 /// Reused from chain to chain; parsing allocates nothing.
 #[derive(Debug)]
@@ -145,7 +174,7 @@ pub(super) struct Segments {
     pub(super) read_len: usize,
     /// Bytes the device may write.
     pub(super) write_len: usize,
-    /// The chain's first descriptor.
+    /// The latest chain's first descriptor.
     pub(super) head: u16,
 }
 
@@ -163,8 +192,14 @@ impl Default for Segments {
 }
 
 impl Segments {
-    /// Most buffers in one chain: the largest queue offered.
+    /// Most buffers in all: the largest queue offered.
     pub(super) const MOST: usize = 256;
+
+    /// Forgets all chains.
+    pub(super) fn clear(&mut self) {
+        (self.count, self.readable) = (0, 0);
+        (self.read_len, self.write_len) = (0, 0);
+    }
 
     /// Replaces what is here by `chain`. After an error the contents mean nothing.
     pub(super) fn parse(
@@ -172,8 +207,16 @@ impl Segments {
         mem: &GuestMemory,
         chain: DescriptorChain<&GuestMemory>,
     ) -> Result<(), Fault> {
-        (self.count, self.readable) = (0, 0);
-        (self.read_len, self.write_len) = (0, 0);
+        self.clear();
+        self.add(mem, chain)
+    }
+
+    /// Appends `chain` to what is here. After an error the contents mean nothing.
+    pub(super) fn add(
+        &mut self,
+        mem: &GuestMemory,
+        chain: DescriptorChain<&GuestMemory>,
+    ) -> Result<(), Fault> {
         self.head = chain.head_index();
         // The iterator ends silently at a wrong index, a loop or 2³² bytes; a chain that is
         // whole ends with a descriptor that names no next one.

@@ -33,7 +33,7 @@ impl Poll {
         let clone = |fd: &EventFd| fd.try_clone().map_err(os("duplicate a doorbell"));
         let mut sources = vec![(Event::Attention, clone(&devices.attention)?)];
         for (nic, net) in devices.nets.iter().enumerate() {
-            let [rx, tx] = &net.doorbells;
+            let [rx, tx] = &net.events.doorbells;
             sources.push((Event::Receive(nic), clone(rx)?));
             sources.push((Event::Transmit(nic), clone(tx)?));
         }

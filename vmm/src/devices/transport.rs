@@ -39,6 +39,8 @@ pub(super) enum Effect {
     Notify(usize),
     /// The driver is ready: queues may already hold buffers.
     Started,
+    /// The driver has reset the device.
+    Reset,
 }
 
 /// What the guest has told about a queue; `ready` once it is checked and in use.
@@ -50,6 +52,8 @@ struct Slot {
     avail: u64,
     used: u64,
     ready: Option<Queue>,
+    /// See [`Ring::looked_at`]. Not saved: after a restore every interrupt is raised.
+    looked_at: u16,
 }
 
 impl Slot {
@@ -165,7 +169,7 @@ impl Transport {
 
     /// Writes the 32-bit register at `offset`. What makes no sense at this point is ignored.
     pub(super) fn write(&mut self, offset: u64, value: u32) -> Effect {
-        let negotiated = self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0;
+        let negotiated = self.negotiated();
         match u32::try_from(offset).unwrap_or(u32::MAX) {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_sel = value,
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_sel = value,
@@ -195,7 +199,7 @@ impl Transport {
     fn write_status(&mut self, value: u32) -> Effect {
         if value == 0 {
             self.reset();
-            return Effect::None;
+            return Effect::Reset;
         }
         // The driver only adds bits, and NEEDS_RESET is not the driver's.
         let before = self.status;
@@ -237,7 +241,7 @@ impl Transport {
                 }
             } else if slot.ready.is_none() {
                 match slot.build(&self.mem, event_idx, (0, 0)) {
-                    Ok(queue) => slot.ready = Some(queue),
+                    Ok(queue) => (slot.ready, slot.looked_at) = (Some(queue), 0),
                     Err(fault) => self.fail(fault),
                 }
             }
@@ -280,6 +284,11 @@ impl Transport {
         self.accepted & 1 << bit != 0
     }
 
+    /// Whether features are agreed on.
+    pub(super) fn negotiated(&self) -> bool {
+        self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0
+    }
+
     /// Which life of the queues this is: a request taken in an earlier one must not be completed.
     pub(super) fn life(&self) -> u64 {
         self.life
@@ -296,10 +305,11 @@ impl Transport {
         if !self.running() {
             return None;
         }
-        let queue = self.slots.get_mut(index)?.ready.as_mut()?;
+        let slot = self.slots.get_mut(index)?;
         Some(Ring {
-            queue,
+            queue: slot.ready.as_mut()?,
             mem: &self.mem,
+            looked_at: &mut slot.looked_at,
         })
     }
 
@@ -385,6 +395,7 @@ impl Transport {
                 avail: queue.avail,
                 used: queue.used,
                 ready: None,
+                looked_at: queue.next_used,
             };
             if queue.ready != 0 {
                 let event_idx = record.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use ax_wire::offload::Packet;
 use ax_wire::state::StateWriter;
 
 use super::payload::{self, Mode};
@@ -39,7 +40,7 @@ impl Silence {
 }
 
 impl Outputs for Silence {
-    fn frame(&self, _: u8, _: &[u8]) -> std::result::Result<(), Full> {
+    fn frame(&self, _: u8, _: Packet<'_>) -> std::result::Result<(), Full> {
         self.broken();
         Ok(())
     }

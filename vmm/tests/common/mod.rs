@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ax_wire::offload::Packet;
 use parking_lot::Mutex;
 use vmm::ports::{Full, Outputs, Power};
 use vmm::selfcheck::rig;
@@ -20,7 +21,7 @@ pub struct Collected {
 }
 
 impl Outputs for Collected {
-    fn frame(&self, _: u8, _: &[u8]) -> Result<(), Full> {
+    fn frame(&self, _: u8, _: Packet<'_>) -> Result<(), Full> {
         Ok(())
     }
 

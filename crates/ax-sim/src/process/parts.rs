@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use ax_disk::{Image, Medium, WriteLog};
 use ax_sync::Mutex;
+use ax_wire::offload::HEADER;
 use io_barrier::{Barrier, BarrierConfig, OutputSink, Power};
 use statepoint::primary::PrimaryHandle;
 
@@ -46,7 +47,7 @@ struct Tap {
 }
 
 impl OutputSink for Tap {
-    fn frame(&mut self, _: u8, frame: &[u8]) {
+    fn frame(&mut self, _: u8, _: &[u8; HEADER], frame: &[u8]) {
         let sender = Sender {
             generation: *self.releases.lock(),
             side: self.side,

@@ -18,6 +18,8 @@ extern crate alloc;
 mod acpi;
 mod bootinfo;
 mod button;
+#[path = "../../src/checksum.rs"]
+mod checksum;
 #[path = "../../src/cmdline.rs"]
 mod cmdline;
 #[path = "../../src/command.rs"]
@@ -226,8 +228,8 @@ fn probe(cmdline: &Cmdline, clock: &Clock, serial: &mut Serial) -> (Vec<Stack>, 
             continue;
         };
         let taken = match kind {
-            NET => Net::new(transport).map(|net| {
-                let [a, b, c, d, e, f] = net.mac;
+            NET => Net::new(transport, cmdline.offload).map(|net| {
+                let ([a, b, c, d, e, f], offload) = (net.mac, net.offload());
                 let cidr = cmdline.ips.get(stacks.len()).copied();
                 let gateway = cmdline.gateway.filter(|_| stacks.is_empty());
                 stacks.push(Stack::new(net, cidr, gateway, clock.now()));
@@ -235,7 +237,9 @@ fn probe(cmdline: &Cmdline, clock: &Clock, serial: &mut Serial) -> (Vec<Stack>, 
                     || "no address".into(),
                     |c| format!("{}/{}", c.addr, c.prefix),
                 );
-                format!("net mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} ip={ip}")
+                format!(
+                    "net mac={a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x} ip={ip} offload={offload}"
+                )
             }),
             BLK => Blk::new(transport).map(|disk| {
                 let text = format!("disk sectors={} ro={}", disk.sectors, disk.read_only);

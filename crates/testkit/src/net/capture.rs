@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::NetNs;
 use crate::{Error, Result, panic_text};
@@ -18,6 +18,9 @@ pub(super) const TICK: libc::timeval = libc::timeval {
     tv_sec: 0,
     tv_usec: 20_000,
 };
+
+/// How long frames that came before the end are taken, while others come.
+const DRAIN: Duration = Duration::from_millis(500);
 
 /// A frame and when it came.
 pub type Captured = (Instant, Vec<u8>);
@@ -131,9 +134,14 @@ impl Capture {
         let capture = move || {
             let mut found = Vec::new();
             let mut buffer = vec![0; 1 << 16];
+            let mut ended: Option<Instant> = None;
             loop {
                 // Looked at before reading, so that what came before the end is taken.
                 let last = over.load(Ordering::Acquire);
+                // Frames that never cease must not keep it.
+                if last && ended.get_or_insert_with(Instant::now).elapsed() > DRAIN {
+                    return found;
+                }
                 // SAFETY: the buffer is writable for its length.
                 let n = unsafe {
                     libc::recv(

@@ -11,6 +11,7 @@ use ax_link::Connector;
 use ax_link::heartbeat::{LinkEvent, LinkEventKind, PathLoss, Timing as LinkTiming};
 use ax_wire::hello::Role as HelloRole;
 use ax_wire::peer::PeerMessage;
+use ax_wire::records::RecordKind;
 use ax_wire::{Generation, Incarnation, Session};
 use statepoint::pair::{Event, Phase};
 use statepoint::primary::{PrimaryConfig, Start as EngineStart};
@@ -213,6 +214,7 @@ impl Conductor {
         let part = self.part();
         match part {
             Part::Whole => {
+                self.understands_headers(&dialled)?;
                 config.verify_every = self.spec.vm.verify_every.unwrap_or(0).into();
             }
             Part::Disks => {
@@ -235,6 +237,15 @@ impl Conductor {
             let _ = tell.send(Input::Protecting(stint, what));
         });
         Protection::begin(&self.parts, dial.connector.clone(), dialled, setting, tell)
+    }
+
+    /// Whether the shadow's build knows the headers that the guest's frames may come behind.
+    fn understands_headers(&self, dialled: &Dialled) -> Result<(), Error> {
+        if !self.spec.vm.nics.iter().any(|nic| nic.offload) {
+            return Ok(());
+        }
+        let known = dialled.peer.version().has(&RecordKind::FrameWithHeader);
+        known.map_err(|lacks| Error::Link(lacks.to_string()))
     }
 
     pub(super) fn protecting(&mut self, stint: Stint, what: Protecting) -> Result<(), Error> {

@@ -167,8 +167,8 @@ impl Conductor {
             .engine
             .with_outputs(|outputs| self.parts.barrier.promote(grant, outputs, committed));
         let handle = &self.parts.handle;
-        shadowing.engine.drain_received(|nic, frame| {
-            crate::parts::give(handle, nic, frame);
+        shadowing.engine.drain_received(|nic, packet| {
+            crate::parts::give(handle, nic, packet);
         });
         self.board.follows(None);
         let (noticed, now) = (self.lost_at.take(), Instant::now());

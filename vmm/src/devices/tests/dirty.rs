@@ -18,7 +18,7 @@ fn exactly_the_pages_written_are_marked_at_completion() {
     let mut blk = drive(&rig, BLK, BLK_FLUSH | EVENT_IDX, 0x2_0000, &[64]).remove(0);
     let mut rng = drive(&rig, RNG, 0, 0x3_0000, &[64]).remove(0);
     // Idle queues are looked at once and armed before the count starts.
-    rig.set.net_rx(0, &[0; 60]);
+    rig.net_rx(0, &[0; 60]);
     for n in 0..200u64 {
         let page = 0x100 + (n * 7 % 0x80) as usize;
         let at = page as u64 * 4096 + 4000; // spans two pages, or three
@@ -35,7 +35,7 @@ fn exactly_the_pages_written_are_marked_at_completion() {
         let frame: Vec<u8> = (0..500)
             .map(|i| (i as u64 * n + i as u64 + 1) as u8 | 1)
             .collect();
-        assert_eq!(rig.set.net_rx(0, &frame), RxOutcome::Delivered);
+        assert_eq!(rig.net_rx(0, &frame), RxOutcome::Delivered);
         blk.kick(&rig);
         rng.kick(&rig);
         wait_for("all back", || blk.unseen(&rig) + rng.unseen(&rig) == 2);

@@ -119,7 +119,7 @@ proptest! {
         }
         attack.check(&rig, &queues[1])?;
         for _ in 0..20 {
-            rig.set.net_rx(0, &vec![0x5a; len]);
+            rig.net_rx(0, &vec![0x5a; len]);
         }
         attack.check(&rig, &queues[0])?;
     }

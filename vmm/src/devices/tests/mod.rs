@@ -4,6 +4,7 @@ mod dirty;
 mod disk;
 mod hostile;
 mod net;
+mod offload;
 mod persist;
 mod quiet;
 mod rig;

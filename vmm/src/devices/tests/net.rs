@@ -1,6 +1,8 @@
 use std::sync::atomic::Ordering::SeqCst;
 
-use super::super::{MAX_FRAME, RxOutcome};
+use ax_wire::offload::MAX_FRAME;
+
+use super::super::RxOutcome;
 use super::rig::*;
 
 const BUFFERS: u64 = 0x10_0000;
@@ -107,7 +109,7 @@ fn received_frames_reach_the_guest_in_order_with_their_header() {
             let at = BUFFERS + u64::from(n % 8) * 0x4000;
             let head = rx.add(&rig, &[], &[(at, 100), (at + 0x1000, 1500)]);
             let got = frame(n, 14 + (n as usize * 7) % 1500);
-            assert_eq!(rig.set.net_rx(0, &got), RxOutcome::Delivered);
+            assert_eq!(rig.net_rx(0, &got), RxOutcome::Delivered);
             assert_eq!(rx.used(&rig), [(head.into(), got.len() as u32 + 12)]);
             assert_eq!(rig.irqs(NET), 1);
             let mut seen = rig.get(at, 100);
@@ -124,19 +126,19 @@ fn a_receiver_turned_away_is_woken_when_there_is_room() {
     both(|features| {
         let rig = Rig::started();
         let woken = || rig.set.rx_wakeup(0).unwrap().read().is_ok();
-        assert_eq!(rig.set.net_rx(0, &[0; 60]), RxOutcome::NotReady);
+        assert_eq!(rig.net_rx(0, &[0; 60]), RxOutcome::NotReady);
         let mut rx = drive(&rig, NET, features, 0x1_0000, &[16, 16]).remove(0);
         wait_for("woken by the driver's start", woken);
         for _ in 0..50 {
-            assert_eq!(rig.set.net_rx(0, &[0; 60]), RxOutcome::NoBuffers);
+            assert_eq!(rig.net_rx(0, &[0; 60]), RxOutcome::NoBuffers);
             rx.add(&rig, &[], &[(BUFFERS, 2000)]);
             rx.kick(&rig);
             wait_for("woken by a buffer", woken);
-            assert_eq!(rig.set.net_rx(0, &[0; 60]), RxOutcome::Delivered);
+            assert_eq!(rig.net_rx(0, &[0; 60]), RxOutcome::Delivered);
         }
         assert_eq!(rig.set.rx_delivered(0), 50);
         assert_eq!(
-            rig.set.net_rx(1, &[0; 60]),
+            rig.net_rx(1, &[0; 60]),
             RxOutcome::NotReady,
             "there is no second device"
         );
@@ -148,9 +150,9 @@ fn a_frame_that_does_not_fit_is_dropped_and_its_buffer_kept() {
     let rig = Rig::started();
     let mut rx = drive(&rig, NET, 0, 0x1_0000, &[16, 16]).remove(0);
     rx.add(&rig, &[], &[(BUFFERS, 112)]);
-    assert_eq!(rig.set.net_rx(0, &[1; 101]), RxOutcome::Dropped);
-    assert_eq!(rig.set.net_rx(0, &[1; 13]), RxOutcome::Dropped);
-    assert_eq!(rig.set.net_rx(0, &[1; 100]), RxOutcome::Delivered);
+    assert_eq!(rig.net_rx(0, &[1; 101]), RxOutcome::Dropped);
+    assert_eq!(rig.net_rx(0, &[1; 13]), RxOutcome::Dropped);
+    assert_eq!(rig.net_rx(0, &[1; 100]), RxOutcome::Delivered);
     assert_eq!(rx.used(&rig).len(), 1);
     assert_eq!(
         rig.set.rx_delivered(0),
@@ -165,7 +167,7 @@ fn a_driver_that_wants_no_interrupt_gets_none() {
     let mut rx = drive(&rig, NET, 0, 0x1_0000, &[16, 16]).remove(0);
     rig.put(rx.avail_at(), &1u16.to_le_bytes());
     rx.add(&rig, &[], &[(BUFFERS, 2000)]);
-    assert_eq!(rig.set.net_rx(0, &[1; 100]), RxOutcome::Delivered);
+    assert_eq!(rig.net_rx(0, &[1; 100]), RxOutcome::Delivered);
     assert_eq!(rig.irqs(NET), 0);
     rig.set.kick_all();
     assert_eq!(rig.irqs(NET), 1, "rule 12 raises it all the same");

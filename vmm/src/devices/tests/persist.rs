@@ -49,7 +49,7 @@ fn what_was_saved_is_what_a_fresh_machine_then_has() {
     drive(&rig, BLK, BLK_FLUSH, 0x2_0000, &[128]);
     for _ in 0..5 {
         net[0].add(&rig, &[], &[(DATA, 2000)]);
-        assert_eq!(rig.set.net_rx(0, &[3; 99]), RxOutcome::Delivered);
+        assert_eq!(rig.net_rx(0, &[3; 99]), RxOutcome::Delivered);
     }
     rig.set.pio_write(0x3f9, &[1]);
     rig.set.pio_write(0x3f8, b"hello");
@@ -62,7 +62,7 @@ fn what_was_saved_is_what_a_fresh_machine_then_has() {
     let next = take_over(&rig);
     assert_eq!(next.set.rx_delivered(0), 5);
     net[0].add(&next, &[], &[(DATA, 2000)]);
-    assert_eq!(next.set.net_rx(0, &[4; 99]), RxOutcome::Delivered);
+    assert_eq!(next.net_rx(0, &[4; 99]), RxOutcome::Delivered);
     assert_eq!(net[0].used(&next).len(), 6);
     next.set.pio_write(0x3f8, b" again");
     assert_eq!(*next.outputs.console.lock(), b"hello again");
@@ -208,7 +208,7 @@ fn frames_held_back_leave_the_next_machine() {
     rig.outputs.full.store(true, SeqCst);
     rig.set.pio_write(0x3f8, b"waiting");
     for n in 0..10u8 {
-        rig.put(DATA + u64::from(n) * 4096, &[n; 112]);
+        rig.put(DATA + u64::from(n) * 4096 + 12, &[n; 100]);
         tx.add(&rig, &[(DATA + u64::from(n) * 4096, 112)], &[]);
     }
     tx.kick(&rig);
@@ -246,7 +246,7 @@ fn reset_is_power_on_but_the_streams_go_on() {
     let rig = Rig::started();
     let mut rx = drive(&rig, NET, 0, 0x1_0000, &[64, 64]).remove(0);
     rx.add(&rig, &[], &[(DATA, 2000)]);
-    rig.set.net_rx(0, &[0; 60]);
+    rig.net_rx(0, &[0; 60]);
     rig.set.pio_write(0x3fb, &[0x83]);
     rig.set.pio_write(0x3fb, &[0x03]);
     rig.set.pio_write(0x3f8, b"before");
@@ -255,7 +255,7 @@ fn reset_is_power_on_but_the_streams_go_on() {
     rig.set.reset().unwrap();
     rig.set.release();
     assert_eq!(rig.read(NET, 0x70), 0);
-    assert_eq!(rig.set.net_rx(0, &[0; 60]), RxOutcome::NotReady);
+    assert_eq!(rig.net_rx(0, &[0; 60]), RxOutcome::NotReady);
     assert_eq!(rig.set.rx_delivered(0), 1);
     rig.set.pio_write(0x3f8, b" after");
     assert_eq!(*rig.outputs.console.lock(), b"before after");
@@ -387,7 +387,7 @@ proptest! {
         if next.set.restore(StateReader::new(&joined(&blocks))).is_ok() {
             next.set.start().unwrap();
             next.set.kick_all();
-            next.set.net_rx(0, &frame);
+            next.net_rx(0, &frame);
             next.set.console_in(&frame);
             next.set.pio_write(0x3f8, &frame);
             next.set.quiesce();

@@ -53,7 +53,7 @@ fn between_quiesce_and_release_nothing_is_written_signalled_or_sent() {
                     rx.add(&rig, &[], &[(0x11_0000, 2000)]);
                 }
                 for _ in 0..16 {
-                    rig.set.net_rx(0, &[1; 1500]);
+                    rig.net_rx(0, &[1; 1500]);
                 }
                 received += rx.used(&rig).len() as u64;
             }
@@ -150,7 +150,7 @@ fn stopping_while_quiet_leaves_the_unfinished_request_in_its_ring() {
     );
     assert!(rig.all_ram() == before && rig.disk.seen.load(SeqCst) == 0);
     rig.set.pio_write(0x3f8, b"late");
-    rig.set.net_rx(0, &[0; 60]);
+    rig.net_rx(0, &[0; 60]);
     assert_eq!(
         rig.outputs.calls.load(SeqCst),
         0,

@@ -5,19 +5,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use ax_wire::offload::{NOTHING, Packet};
 use parking_lot::{Condvar, Mutex};
 use tempfile::tempfile;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::{DeviceSet, DeviceSpec, Ports};
+use super::super::{DeviceSet, DeviceSpec, Ports, RxOutcome};
 use crate::bitmap::DirtyBitmap;
+use crate::config::NicConfig;
 use crate::memory::GuestMemory;
 use crate::ports::{Disk, Full, Outputs, Power};
 
 pub const RAM: usize = 4 << 20;
 pub const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+pub const NIC: NicConfig = NicConfig {
+    mac: MAC,
+    offload: true,
+};
 pub const DISK: usize = 1 << 20;
 
 /// Waits for what other threads bring about.
@@ -34,7 +40,10 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 
 #[derive(Default)]
 pub struct FakeOutputs {
+    /// Frames whose headers leave nothing to be done.
     pub frames: Mutex<Vec<Vec<u8>>>,
+    /// All others, behind their headers.
+    pub packets: Mutex<Vec<Vec<u8>>>,
     pub console: Mutex<Vec<u8>>,
     pub power: Mutex<Vec<Power>>,
     /// Frames and console calls refused from now on.
@@ -45,13 +54,16 @@ pub struct FakeOutputs {
 }
 
 impl Outputs for FakeOutputs {
-    fn frame(&self, nic: u8, frame: &[u8]) -> Result<(), Full> {
+    fn frame(&self, nic: u8, packet: Packet<'_>) -> Result<(), Full> {
         self.calls.fetch_add(1, SeqCst);
         assert_eq!(nic, 0);
         if self.full.load(SeqCst) {
             return Err(Full);
         }
-        self.frames.lock().push(frame.to_vec());
+        match packet.header() == NOTHING {
+            true => self.frames.lock().push(packet.frame().to_vec()),
+            false => self.packets.lock().push(packet.bytes().to_vec()),
+        }
         Ok(())
     }
 
@@ -196,7 +208,15 @@ impl Rig {
         ))
     }
 
+    pub fn with_nic(nic: NicConfig) -> Self {
+        Rig::of(FakeDisk::new(vec![0; DISK], false), nic)
+    }
+
     pub fn with(disk: Arc<FakeDisk>) -> Self {
+        Rig::of(disk, NIC)
+    }
+
+    fn of(disk: Arc<FakeDisk>, nic: NicConfig) -> Self {
         let file = tempfile().unwrap();
         file.set_len(RAM as u64).unwrap();
         let file = Arc::new(file);
@@ -217,7 +237,7 @@ impl Rig {
         let (guest, devices) = (map(), map());
         let outputs = Arc::new(FakeOutputs::default());
         let spec = DeviceSpec {
-            nics: vec![MAC],
+            nics: vec![nic],
             disks: 1,
             rng: true,
         };
@@ -233,6 +253,12 @@ impl Rig {
             ram: memory(&guest),
             devices_ram: devices,
         }
+    }
+
+    /// A received frame of which nothing is left to be done.
+    pub fn net_rx(&self, nic: usize, frame: &[u8]) -> RxOutcome {
+        let bytes = [&NOTHING[..], frame].concat();
+        self.set.net_rx(nic, Packet::new(&bytes).unwrap())
     }
 
     pub fn started() -> Self {

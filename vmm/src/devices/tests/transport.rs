@@ -72,7 +72,7 @@ fn what_is_not_there_reads_as_ones_and_swallows_writes() {
 #[test]
 fn features_not_offered_or_not_modern_are_refused() {
     let rig = Rig::new();
-    for features in [0, COMMON_FEATURES | 1 << 0, COMMON_FEATURES | 1 << 34] {
+    for features in [0, COMMON_FEATURES | 1 << 10, COMMON_FEATURES | 1 << 34] {
         rig.write(NET, 0x70, 0);
         rig.write(NET, 0x70, 3);
         for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
@@ -128,7 +128,7 @@ fn interrupt_status_is_set_and_acknowledged() {
     let rig = Rig::new();
     let mut rx = drive(&rig, NET, 0, 0x1_0000, &[64, 64]).remove(0);
     rx.add(&rig, &[], &[(0x10_0000, 2000)]);
-    rig.set.net_rx(0, &[0; 60]);
+    rig.net_rx(0, &[0; 60]);
     assert_eq!(rig.read(NET, 0x60), 1);
     rig.write(NET, 0x64, 1);
     assert_eq!(rig.read(NET, 0x60), 0);
@@ -147,7 +147,7 @@ fn impossible_specifications_are_refused() {
             disks: disks_given,
         };
         let spec = DeviceSpec {
-            nics: vec![MAC; nics],
+            nics: vec![NIC; nics],
             disks,
             rng: true,
         };

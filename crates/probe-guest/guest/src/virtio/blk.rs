@@ -68,7 +68,7 @@ const REQUEST: usize = 32;
 impl Blk {
     /// Takes over the device.
     pub fn new(mut transport: Transport) -> Option<Self> {
-        let features = transport.negotiate(F_RO | F_FLUSH)?;
+        let features = transport.negotiate(|offered| offered & (F_RO | F_FLUSH))?;
         let mut capacity = [0; 8];
         transport.config(0, &mut capacity);
         let it = Self {

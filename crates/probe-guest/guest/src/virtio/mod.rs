@@ -73,8 +73,8 @@ impl Transport {
         unsafe { ((self.base + reg) as *mut u32).write_volatile(value) }
     }
 
-    /// Resets the device and agrees on `wanted` features as far as it offers them.
-    pub fn negotiate(&mut self, wanted: u64) -> Option<u64> {
+    /// Resets the device and agrees on what is wanted of the features that it offers.
+    pub fn negotiate(&mut self, wanted: impl FnOnce(u64) -> u64) -> Option<u64> {
         self.write(STATUS, 0);
         for _ in 0..1000 {
             if self.read(STATUS) == 0 {
@@ -88,7 +88,7 @@ impl Transport {
             self.write(DEVICE_FEATURES_SEL, half);
             offered |= u64::from(self.read(DEVICE_FEATURES)) << (32 * half);
         }
-        let features = offered & (wanted | VERSION_1 | EVENT_IDX);
+        let features = offered & (wanted(offered) | VERSION_1 | EVENT_IDX);
         if features & VERSION_1 == 0 {
             return None;
         }

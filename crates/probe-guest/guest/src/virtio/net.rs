@@ -1,9 +1,11 @@
 //! virtio-net as smoltcp's device.
 //!
 //! Buffers are few and used again at once (transmission last in, first out), so that traffic
-//! keeps touching the same pages.
+//! keeps touching the same pages. A frame too large for one comes in several and is put together.
 
-use smoltcp::phy::{Device, DeviceCapabilities, Medium};
+use alloc::vec::Vec;
+
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium};
 use smoltcp::time::Instant;
 
 use super::queue::{Buffer, SIZE};
@@ -11,6 +13,20 @@ use super::{Queue, Transport, take_dma};
 
 /// VIRTIO_NET_F_MAC.
 const F_MAC: u64 = 1 << 5;
+/// VIRTIO_NET_F_CSUM: the device computes the checksums of what is sent.
+const F_CSUM: u64 = 1 << 0;
+/// VIRTIO_NET_F_GUEST_CSUM: what is received may lack its checksum.
+const F_GUEST_CSUM: u64 = 1 << 1;
+/// VIRTIO_NET_F_GUEST_TSO4: TCP comes in segments as large as the sockets' windows.
+const F_GUEST_TSO4: u64 = 1 << 7;
+/// VIRTIO_NET_F_MRG_RXBUF: a frame may come in several buffers.
+const F_MERGE: u64 = 1 << 15;
+/// Taken together or not at all. No window is as large as all buffers of the queue.
+const F_OFFLOAD: u64 = F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_MERGE;
+
+/// VIRTIO_NET_HDR_F_NEEDS_CSUM and VIRTIO_NET_HDR_F_DATA_VALID.
+const NEEDS_CSUM: u8 = 1;
+const DATA_VALID: u8 = 2;
 /// virtio_net_hdr_v1.
 const HEADER: usize = 12;
 const MTU: usize = 1514;
@@ -23,6 +39,9 @@ pub struct Rx {
     buffers: *mut u8,
     /// Taken by the stack; goes back to the device at the next chance.
     held: Option<u16>,
+    /// A frame that came in several buffers.
+    whole: Vec<u8>,
+    offload: bool,
 }
 
 /// The sending half.
@@ -31,6 +50,7 @@ pub struct Tx {
     buffers: *mut u8,
     free: [u16; N],
     n_free: usize,
+    offload: bool,
 }
 
 /// One network device.
@@ -46,8 +66,12 @@ pub struct Net {
 
 impl Net {
     /// Takes over the device.
-    pub fn new(mut transport: Transport) -> Option<Self> {
-        let features = transport.negotiate(F_MAC)?;
+    pub fn new(mut transport: Transport, offload: bool) -> Option<Self> {
+        let features = transport.negotiate(|offered| match offload {
+            true if offered & F_OFFLOAD == F_OFFLOAD => F_MAC | F_OFFLOAD,
+            _ => F_MAC,
+        })?;
+        let offload = features & F_OFFLOAD == F_OFFLOAD;
         let mut mac = [0x02, 0, 0, 0, 0, 1];
         if features & F_MAC != 0 {
             transport.config(0, &mut mac);
@@ -57,12 +81,15 @@ impl Net {
                 queue: transport.queue(0, features)?,
                 buffers: take_dma(N * BUFFER, 512)?.as_mut_ptr(),
                 held: None,
+                whole: Vec::with_capacity(if offload { N * BUFFER } else { 0 }),
+                offload,
             },
             tx: Tx {
                 queue: transport.queue(1, features)?,
                 buffers: take_dma(N * BUFFER, 512)?.as_mut_ptr(),
                 free: core::array::from_fn(|i| SIZE - 1 - i as u16),
                 n_free: N,
+                offload,
             },
             transport,
             mac,
@@ -75,6 +102,11 @@ impl Net {
         it.transport.ready();
         it.rx.queue.kick();
         Some(it)
+    }
+
+    /// Whether the device computes checksums and gives large segments.
+    pub fn offload(&self) -> bool {
+        self.tx.offload
     }
 
     /// Before looking for frames: see [`Transport::acknowledge`].
@@ -123,6 +155,61 @@ impl Rx {
             self.offer(id);
         }
     }
+
+    /// `len` bytes of buffer `id`.
+    fn bytes(&self, id: u16, len: u32) -> &[u8] {
+        let len = (len as usize).min(BUFFER);
+        // SAFETY: within the buffer, which the device is done with; it gets it back only by `offer`, which
+        // needs `&mut self`.
+        unsafe { core::slice::from_raw_parts(self.at(id), len) }
+    }
+
+    /// The next frame that is whole and right, without its header; none if there is none.
+    fn next(&mut self) -> Option<&[u8]> {
+        loop {
+            self.give_back();
+            let (id, len) = self.queue.take()?;
+            self.held = Some(id);
+            let [flags, .., low, high] = *self.bytes(id, len).first_chunk::<HEADER>()?;
+            let buffers = u16::from_le_bytes([low, high]);
+            let several = self.offload && buffers > 1;
+            if several {
+                self.put_together(id, len, buffers);
+            }
+            let known = !self.offload || flags & (NEEDS_CSUM | DATA_VALID) != 0;
+            if known || crate::checksum::is_right(self.frame(id, len, several)) {
+                // Found again, as what is borrowed here can't be handed out of a loop.
+                return Some(self.frame(id, len, several));
+            }
+        }
+    }
+
+    fn frame(&self, id: u16, len: u32, several: bool) -> &[u8] {
+        let bytes = match several {
+            true => &self.whole,
+            false => self.bytes(id, len),
+        };
+        bytes.get(HEADER..).unwrap_or_default()
+    }
+
+    /// Copies the buffers of one frame, of which `id` is the first, behind each other. The device has handed
+    /// over all of them at once.
+    fn put_together(&mut self, id: u16, len: u32, buffers: u16) {
+        let mut whole = core::mem::take(&mut self.whole);
+        whole.clear();
+        whole.extend_from_slice(self.bytes(id, len));
+        for _ in 1..buffers {
+            let Some((id, len)) = self.queue.take() else {
+                break;
+            };
+            // A device that hands over more than there are buffers must not have the heap grow.
+            if whole.len() + BUFFER <= whole.capacity() {
+                whole.extend_from_slice(self.bytes(id, len));
+            }
+            self.offer(id);
+        }
+        self.whole = whole;
+    }
 }
 
 impl Tx {
@@ -142,18 +229,12 @@ impl Device for Net {
     type TxToken<'a> = TxToken<'a>;
 
     fn receive(&mut self, _: Instant) -> Option<(RxToken<'_>, TxToken<'_>)> {
-        self.rx.give_back();
         self.tx.reclaim();
         if self.tx.n_free == 0 {
+            self.rx.give_back();
             return None;
         }
-        let (id, len) = self.rx.queue.take()?;
-        self.rx.held = Some(id);
-        let len = (len as usize).clamp(HEADER, BUFFER) - HEADER;
-        // SAFETY: the device is done with this buffer and gets it back only at the next
-        // `give_back`, which needs `&mut self`; len is within it.
-        let frame =
-            unsafe { core::slice::from_raw_parts(self.rx.at(id).wrapping_add(HEADER), len) };
+        let frame = self.rx.next()?;
         let [received, sent] = &mut self.frames;
         *received += 1;
         Some((
@@ -177,6 +258,9 @@ impl Device for Net {
         let mut caps = DeviceCapabilities::default();
         caps.medium = Medium::Ethernet;
         caps.max_transmission_unit = MTU;
+        if self.tx.offload {
+            (caps.checksum.tcp, caps.checksum.udp) = (Checksum::None, Checksum::None);
+        }
         caps
     }
 }
@@ -208,6 +292,13 @@ impl smoltcp::phy::TxToken for TxToken<'_> {
             unsafe { core::slice::from_raw_parts_mut(at, HEADER + len) }.split_at_mut(HEADER);
         header.fill(0);
         let result = f(frame);
+        if self.tx.offload
+            && let Some((start, offset)) = crate::checksum::leave(frame)
+        {
+            header[0] = NEEDS_CSUM;
+            header[6..8].copy_from_slice(&start.to_le_bytes());
+            header[8..10].copy_from_slice(&offset.to_le_bytes());
+        }
         let b = Buffer {
             addr: at,
             len: (HEADER + len) as u32,
