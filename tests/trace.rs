@@ -57,10 +57,7 @@ fn assert_right(record: &Value) {
         number(record, "pages") > 0 && number(record, "state_bytes") > 0,
         "{record}"
     );
-    assert!(
-        number(record, "shipped_bytes") > number(record, "state_bytes"),
-        "{record}"
-    );
+    assert!(number(record, "shipped_bytes") > 0, "{record}");
     let outputs = number(record, "outputs");
     assert_eq!(outputs > 0, record["held_ns"].is_i64(), "{record}");
     assert_eq!(

@@ -154,6 +154,7 @@ mod tests {
     fn output_ends_the_epoch_after_the_gap() {
         let policy = Policy::default();
         let pending = Situation {
+            now: IDLE.resumed + 40_000,
             pending: true,
             ..IDLE
         };
