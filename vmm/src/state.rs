@@ -188,11 +188,11 @@ pub(crate) fn save_vcpu(
 }
 
 /// Saves ahead what only the vCPU's own running changes, on its thread as it parks, while the others do the same: each
-/// KVM_GET_* costs as much as ten copies of what it returns. `ran`: KVM_RUN has returned on this thread since
-/// anything was set.
+/// KVM_GET_* costs as much as ten copies of what it returns. `synced`: KVM_RUN, which has just returned, left the registers
+/// in `kvm_run`.
 ///
-/// What else could change it is an INIT that another vCPU sends before it parks, too: [`save_vcpu`] finds that out. A
-/// failure is found out there again.
+/// What else could change it is an INIT that another vCPU has sent, which KVM_GET_MP_STATE delivers: [`save_vcpu`] finds that
+/// out. A failure it finds out again.
 pub(crate) fn save_ahead(fd: &VcpuFd, scratch: &mut Scratch, index: u32, synced: bool) {
     let run = synced.then(|| fd.sync_regs());
     scratch.early = save_own(fd, scratch, index, run).ok();
@@ -251,7 +251,8 @@ fn write_own(
     out.block(Kind::Msrs as u16, VERSION, index, entries.as_bytes())?;
     let adjust = entries.iter().find(|e| e.index == MSR_TSC_ADJUST);
     let adjust = adjust.map(|e| e.data);
-    // The guest moves its TSC by the same amount as this register, whichever of the two it writes (SDM vol. 3, 19.17.3).
+    // The guest moves its TSC by the same amount as this register, whichever of the two it writes (SDM vol. 3,
+    // "Time-Stamp Counter Adjustment").
     let offset = match scratch.tsc {
         Some((known, offset)) if Some(known) == adjust => offset,
         _ => sys::tsc_offset(fd).doing("KVM_VCPU_TSC_OFFSET")?,
