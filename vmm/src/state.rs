@@ -95,8 +95,6 @@ pub(crate) struct Scratch {
     own: Vec<u8>,
     /// They were saved when the vCPU parked, and it has not run since.
     early: Option<Early>,
-    /// IA32_TSC_ADJUST and the TSC's offset when it was last read.
-    tsc: Option<(u64, u64)>,
 }
 
 /// By what an INIT since is found out: it leaves protected mode, and these registers as they are at power-on.
@@ -106,7 +104,6 @@ struct Early {
     is_protected: bool,
 }
 
-const MSR_TSC_ADJUST: u32 = 0x3b;
 const CR0_PE: u64 = 1;
 
 impl Scratch {
@@ -128,7 +125,6 @@ impl Scratch {
             xsave_size,
             own: Vec::with_capacity(xsave_size.max(4096) + size_of_val(entries.as_slice()) + 4096),
             early: None,
-            tsc: None,
         })
     }
 
@@ -249,15 +245,7 @@ fn write_own(
         )));
     }
     out.block(Kind::Msrs as u16, VERSION, index, entries.as_bytes())?;
-    let adjust = entries.iter().find(|e| e.index == MSR_TSC_ADJUST);
-    let adjust = adjust.map(|e| e.data);
-    // The guest moves its TSC by the same amount as this register, whichever of the two it writes (SDM vol. 3,
-    // "Time-Stamp Counter Adjustment").
-    let offset = match scratch.tsc {
-        Some((known, offset)) if Some(known) == adjust => offset,
-        _ => sys::tsc_offset(fd).doing("KVM_VCPU_TSC_OFFSET")?,
-    };
-    scratch.tsc = adjust.map(|adjust| (adjust, offset));
+    let offset = sys::tsc_offset(fd).doing("KVM_VCPU_TSC_OFFSET")?;
     put(out, Kind::TscOffset, index, &offset)?;
     Ok(Early {
         regs,
@@ -420,7 +408,7 @@ pub(crate) fn restore_vcpu(
     tsc_khz: u32,
     elapsed: Elapsed,
 ) -> Result<()> {
-    (scratch.early, scratch.tsc) = (None, None);
+    scratch.early = None;
     let mp_state: kvm_mp_state = saved.get(Kind::MpState, index)?;
     fd.set_mp_state(mp_state).doing("KVM_SET_MP_STATE")?;
     let regs: kvm_regs = saved.get(Kind::Regs, index)?;
