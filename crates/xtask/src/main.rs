@@ -5,6 +5,7 @@
 //! - `cargo xtask simulate`: a whole simulated pair under many seeds ([`ax_sim`])
 //! - `cargo xtask test`: every test, and by name those that could not run here ([`test`])
 //! - `cargo xtask bench`: the benches, in their own profile
+//! - `cargo xtask bench-peers`: AX beside other systems, same guest, same clients ([`peers`])
 //!
 //! They set up what they need themselves: as root directly, as an ordinary user in namespaces
 //! of their own.
@@ -12,6 +13,7 @@
 mod apart;
 mod campaign;
 mod demo;
+mod peers;
 mod summary;
 mod test;
 
@@ -54,6 +56,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// AX beside QEMU alone, COLO and filter-buffer: latency, throughput, CPU, blackout (takes minutes).
+    BenchPeers(peers::Options),
 }
 
 /// Why a task failed.
@@ -83,6 +87,7 @@ fn main() -> ExitCode {
         Task::Simulate(options) => simulate(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench { args } => test::bench(&args),
+        Task::BenchPeers(options) => peers::run(&options),
     };
     match done {
         Ok(code) => code,
