@@ -1,4 +1,5 @@
-//! The demo runs in a child process, so that nothing of it is left behind, whatever ends it.
+//! The demo, the campaign and the comparison run in a child process, so that nothing of them is left behind,
+//! whatever ends it.
 //!
 //! Its hosts are namespaces and processes that end with the child by themselves. But an interrupted
 //! child waits for none of them and takes no file away. This process does both: everything the child
@@ -51,17 +52,17 @@ pub fn run(product: &Path, keep: bool) -> Result<ExitCode, Error> {
     let dir = tempfile::Builder::new()
         .prefix("ax-demo-")
         .tempdir()
-        .map_err(|e| Error::Failed(format!("cannot make a folder for the demo: {e}")))?;
+        .map_err(|e| Error::Failed(format!("cannot make a folder for it: {e}")))?;
     let child = start(product, dir.path(), signals)?;
-    let ended = wait(child, &signals).map_err(failed("wait for the demo"))?;
+    let ended = wait(child, &signals).map_err(failed("wait for the child that does it"))?;
     if keep {
         let _ = dir.keep();
     } else {
         dir.close()
-            .map_err(|e| Error::Failed(format!("cannot remove the demo's files: {e}")))?;
+            .map_err(|e| Error::Failed(format!("cannot remove its files: {e}")))?;
     }
     if let Some(signal) = ended.asked {
-        eprintln!("ended by {signal}; nothing of the demo is left");
+        eprintln!("ended by {signal}; nothing of it is left");
         // A shell tells a command that was interrupted from one that failed.
         let _ = raise(signal);
         let _ = signals.thread_unblock();
@@ -71,7 +72,7 @@ pub fn run(product: &Path, keep: bool) -> Result<ExitCode, Error> {
             u8::try_from(code).map_or(ExitCode::FAILURE, Into::into)
         }
         Some(WaitStatus::Signaled(_, signal, _)) => {
-            return Err(Error::Failed(format!("the demo was ended by {signal}")));
+            return Err(Error::Failed(format!("it was ended by {signal}")));
         }
         _ => ExitCode::FAILURE,
     })
@@ -106,10 +107,10 @@ fn start(product: &Path, dir: &Path, signals: SigSet) -> Result<Pid, Error> {
     unsafe { command.pre_exec(follow) };
     let child = command
         .spawn()
-        .map_err(|e| Error::Failed(format!("cannot start the demo: {e}")))?;
+        .map_err(|e| Error::Failed(format!("cannot start its child: {e}")))?;
     i32::try_from(child.id())
         .map(Pid::from_raw)
-        .map_err(|e| Error::Failed(format!("the demo's process id: {e}")))
+        .map_err(|e| Error::Failed(format!("the child's process id: {e}")))
 }
 
 /// How the child ended.

@@ -6,6 +6,7 @@
 //! - `cargo xtask test`: every test, and by name those that could not run here ([`test`])
 //! - `cargo xtask bench`: the benches, in their own profile
 //! - `cargo xtask bench-compare`: one bench of two commits, in turn ([`compare`])
+//! - `cargo xtask bench-peers`: AX beside other systems, same guest, same clients ([`peers`])
 //!
 //! They set up what they need themselves: as root directly, as an ordinary user in namespaces
 //! of their own.
@@ -14,6 +15,7 @@ mod apart;
 mod campaign;
 mod compare;
 mod demo;
+mod peers;
 mod summary;
 mod test;
 
@@ -62,6 +64,8 @@ enum Task {
     /// minutes each). Settings of the bench (AX_BENCH_SECONDS …) pass through. Example:
     /// AX_BENCH_ONLY=udp-echo-idle cargo xtask bench-compare HEAD~1 HEAD --bench latency
     BenchCompare(compare::Options),
+    /// AX beside QEMU alone, COLO and filter-buffer: latency, throughput, CPU, blackout (takes minutes).
+    BenchPeers(peers::Options),
 }
 
 /// Why a task failed.
@@ -92,6 +96,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::run(&options),
         Task::Bench { args } => test::bench(&args),
         Task::BenchCompare(options) => compare::run(&options),
+        Task::BenchPeers(options) => peers::run(&options),
     };
     match done {
         Ok(code) => code,
