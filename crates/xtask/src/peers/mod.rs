@@ -156,9 +156,10 @@ fn compare(options: &Options, systems: &[System]) -> Result<ExitCode, Error> {
         said.extend(lines);
     }
     println!();
+    let before = table::repetitions(&results.all);
     for n in 0..repetitions {
         let mut order = systems.to_vec();
-        if n % 2 == 1 {
+        if (before + n as usize) % 2 == 1 {
             order.reverse();
         }
         for system in order {
@@ -227,7 +228,7 @@ impl Results {
 enum Running {
     Plain(qemu::Plain),
     Pair(colo::Pair),
-    Ax(ax::Ax, System),
+    Ax(Box<ax::Ax>, System),
 }
 
 impl Running {
@@ -238,7 +239,7 @@ impl Running {
                 Running::Pair(colo::Pair::start(guest, setting(system))?)
             }
             System::AxNone | System::AxHa | System::AxFt => {
-                Running::Ax(ax::Ax::start(guest, mode(system))?, system)
+                Running::Ax(Box::new(ax::Ax::start(guest, mode(system))?), system)
             }
         })
     }

@@ -144,6 +144,18 @@ pub fn text(all: &[Measured], systems: &[System]) -> String {
     text
 }
 
+/// How many repetitions there are of the system that has the most.
+pub fn repetitions(all: &[Measured]) -> usize {
+    let last = Case::Failover.to_string();
+    let of = |system: System| {
+        let system = system.to_string();
+        all.iter()
+            .filter(|m| m.system == system && m.case == last)
+            .count()
+    };
+    System::ALL.into_iter().map(of).max().unwrap_or(0)
+}
+
 /// What was not run and why, each reason once.
 pub fn reasons(all: &[Measured]) -> Vec<String> {
     let mut reasons: Vec<String> = Vec::new();
@@ -246,5 +258,8 @@ mod tests {
         ];
         let m = of_case(&all, COLO, Case::Ledger);
         assert_eq!((m.p50_us, m.counted), (Some(20.0), 2));
+        assert_eq!(repetitions(&all), 0);
+        let ended = measured(System::AxFt, Case::Failover, 1.0, 1.0);
+        assert_eq!(repetitions(&[ended.clone(), ended]), 2);
     }
 }
