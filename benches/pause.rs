@@ -1,7 +1,7 @@
 //! How long an epoch's pause is, from the first kick to the last vCPU running again, by the number of
 //! pages that are dirty: at 256 MiB and 4 GiB of RAM, with KVM's dirty bitmap and its dirty ring.
 //!
-//! Twice: *idle*, with no client, when an epoch ends every 40 ms and the guest writes exactly as many
+//! Twice: *idle*, with no client, when an epoch ends every 50 ms and the guest writes exactly as many
 //! pages in it as it is told to; and *asked*, with a UDP echo every millisecond, when an epoch ends
 //! as soon as output waits. The guest's CPU is always busy: it must be kicked out of guest code. Figures
 //! are those of `axvm show`.

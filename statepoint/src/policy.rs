@@ -21,7 +21,7 @@ impl Default for Policy {
         Policy {
             min_gap_ns: 100_000,
             pause_share: 50,
-            max_interval_ns: 40_000_000,
+            max_interval_ns: 50_000_000,
             budget: 8 << 20,
             poll_ns: 5_000_000,
         }

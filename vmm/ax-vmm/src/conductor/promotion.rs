@@ -222,7 +222,7 @@ impl Conductor {
         let again = move || {
             for pause in [1, 2, 4, 8, 15, 30, 60, 120, 250, 500, 1000, 2000] {
                 std::thread::sleep(Duration::from_millis(pause));
-                // Permissions are as far apart as epochs: up to 40 ms while nothing happens.
+                // Permissions are as far apart as epochs: up to 50 ms while nothing happens.
                 for _ in 0..100 {
                     if barrier.gate() == Gate::Frozen {
                         return;
