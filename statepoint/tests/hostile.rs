@@ -489,7 +489,7 @@ fn a_state_is_patched_only_where_there_is_one() {
     twice.insert(of(5), good[of(5)].clone());
     refused(&twice, WIRE_VERSION, Some(4));
 
-    let (_, bytes) = record_in(Version::FIRST);
+    let (guest, bytes) = record_in(Version::FIRST);
     let mut old = frames_of(Version::FIRST, &bytes);
     assert!(old.iter().all(|f| f.header.kind != FrameKind::StatePatch));
     let at = old.iter().rposition(|f| f.header.kind == FrameKind::State);

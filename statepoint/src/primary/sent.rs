@@ -160,8 +160,13 @@ impl SentState {
     }
 
     /// Appends `state` as patches of the one before, if that pays; false: it is for the caller to send it
-    /// whole. Either way it is what the shadow has next.
+    /// whole. Either way it is what the shadow has next. A state of no bytes, as of a pair that shares its disks alone,
+    /// is sent as none.
     pub fn patch(&mut self, state: &[u8], out: &mut Vec<u8>) -> bool {
+        if state.is_empty() {
+            self.known = None;
+            return false;
+        }
         self.fresh.clear();
         self.fresh.extend_from_slice(state);
         self.fresh
@@ -273,6 +278,16 @@ mod tests {
         assert!(sent.patch(&state, &mut out));
         sent.clear();
         assert!(!sent.patch(&state, &mut out) && out.is_empty());
+    }
+
+    #[test]
+    fn a_state_of_no_bytes_is_never_patched() {
+        let mut sent = SentState::new(10_000);
+        let mut out = Vec::new();
+        assert!((0..3).all(|_| !sent.patch(&[], &mut out)));
+        assert!(!sent.patch(&[1; 4000], &mut out) && sent.patch(&[1; 4000], &mut out));
+        assert!(!sent.patch(&[], &mut out) && !sent.patch(&[1; 4000], &mut out));
+        assert!(out.is_empty());
     }
 
     proptest! {
