@@ -11,14 +11,17 @@ pub use ax_failpoint::{Action, BUILT_IN, Order, Point};
 use crate::site::{Side, Site};
 use crate::{Error, Result};
 
+/// How long orders take to be known on a busy machine.
+const TAKEN_UP: Duration = Duration::from_millis(30);
+
 impl Site {
     /// Where the processes of a side's VMs look for [`Order`]s.
     pub(crate) fn orders(&self, side: Side) -> PathBuf {
         self.dir().join(format!("{}.orders", side.name()))
     }
 
-    /// Orders faults in the processes of a side's VMs, in place of those ordered before. They know of
-    /// it within milliseconds; those started later, from their start.
+    /// Orders faults in the processes of a side's VMs, in place of those ordered before. They look for orders
+    /// every 2 ms, and this returns after 15 looks; those started later know of them from their start.
     ///
     /// # Errors
     /// When the orders cannot be written.
@@ -28,7 +31,9 @@ impl Site {
         let text: String = orders.iter().map(|order| format!("{order}\n")).collect();
         fs::write(&new, text)
             .and_then(|()| fs::rename(&new, &file))
-            .map_err(Error::os(format!("write {}", file.display())))
+            .map_err(Error::os(format!("write {}", file.display())))?;
+        std::thread::sleep(TAKEN_UP);
+        Ok(())
     }
 
     /// Waits until a fault ordered at `point` has happened in a VM's process on a side.
