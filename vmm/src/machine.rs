@@ -311,7 +311,8 @@ impl Machine {
             Phase::New => Err(Error::Order("pause: the machine was not started")),
             Phase::Paused => Ok(()),
             Phase::Running => {
-                self.vm()?.gate.park()?;
+                // As a capture does it: what vCPUs save ahead is as good later.
+                self.vm()?.gate.park_and(&mut || ())?;
                 self.parked_ns = boottime_ns();
                 self.parts.devices.quiesce();
                 self.phase = Phase::Paused;

@@ -518,3 +518,6 @@ pub(crate) fn restore_vm(vm: &VmFd, saved: &Saved<'_>, elapsed: Elapsed) -> Resu
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

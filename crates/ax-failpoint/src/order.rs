@@ -55,7 +55,7 @@ points! {
     Staged = "staged",
     /// Shadow: the epoch is remembered, its acknowledgement not sent. Can fail: it is lost.
     Acking = "acking",
-    /// Shadow: the acknowledgement is sent.
+    /// Shadow: the acknowledgement is sent; but for the first epoch, its pages are not queued to be applied.
     Acked = "acked",
     /// Shadow: a committed epoch is to be applied.
     Applying = "applying",

@@ -387,29 +387,30 @@ impl<'a, 'g, G: ShadowGuest, S: ShadowSink> Receiver<'a, 'g, G, S> {
             }
             memory.received.committed(&stage.rx_given, now);
         }
-        let mut stage = Some(stage);
-        if first {
+        let later = if first {
             // Memory and disks are in sync before this is said (rule 22, step 2).
-            stage
-                .take()
-                .into_iter()
-                .for_each(|stage| shared.ready(stage));
+            shared.ready(stage);
             if !shared.wait_applied(epoch) {
                 return Err(LinkError::Closed.into());
             }
             self.first = false;
-        }
+            None
+        } else {
+            Some(stage)
+        };
         shared.staged.store(epoch.0, Ordering::Release);
         let acked = if ax_failpoint::fails(Point::Acking) {
             Ok(())
         } else {
             shared.backward.ack(shared.me(), epoch, shared.progress())
         };
+        ax_failpoint::reached(Point::Acked);
         // The primary waits for the acknowledgement, nobody for the pages: they are applied before a
         // promotion, whatever became of it.
-        stage.into_iter().for_each(|stage| shared.ready(stage));
+        if let Some(stage) = later {
+            shared.ready(stage);
+        }
         acked?;
-        ax_failpoint::reached(Point::Acked);
         if first {
             let generation = shared.primary().generation;
             shared.events.confirmed(epoch, generation);
